@@ -1,0 +1,47 @@
+"""edgekd: from a trained vision model to what a device runs, with the evidence.
+
+The verbs take keywords only, never change what they are given, and read like the pipeline:
+
+    distill → quantize → export → verify → profile, or all of them: run
+"""
+
+__version__ = "0.1.0"
+
+from edgekd.data.base import Data
+from edgekd.errors import EdgekdError
+from edgekd.latency.measuring import Measurement
+from edgekd.network import IO, Network, Preprocessing
+from edgekd.pipeline import run
+from edgekd.recipe import Recipe
+from edgekd.reporting.report import Report
+from edgekd.runtimes.base import Artifact
+from edgekd.stages.distill import distill
+from edgekd.stages.export import export
+from edgekd.stages.profile import profile
+from edgekd.stages.quantize import quantize
+from edgekd.stages.verify import Parity, verify
+from edgekd.target import QuantScheme, Target
+from edgekd.tasks.base import Task, get_task
+
+__all__ = [
+    "IO",
+    "Artifact",
+    "Data",
+    "EdgekdError",
+    "Measurement",
+    "Network",
+    "Parity",
+    "Preprocessing",
+    "QuantScheme",
+    "Recipe",
+    "Report",
+    "Target",
+    "Task",
+    "distill",
+    "export",
+    "get_task",
+    "profile",
+    "quantize",
+    "run",
+    "verify",
+]

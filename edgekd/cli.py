@@ -1,0 +1,112 @@
+"""The command line: a thin shell around the verbs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from edgekd import __version__
+from edgekd.errors import EdgekdError, RecipeError, nearest
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Compress a trained vision model for a device: distill, quantize, export, check, measure.",
+)
+GATE_FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+
+
+@app.command()
+def run(
+    recipe: Annotated[
+        str,
+        typer.Argument(help="A recipe file, or the name of a shipped one (edgekd init --list)."),
+    ],
+    change: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one value; repeatable."),
+    ] = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(help="A target instead of the recipe's; repeatable."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The folder of runs.")] = Path("runs"),
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Do every stage again, whatever is done already.")
+    ] = False,
+) -> None:
+    """Carry out a recipe, from data to checked artifacts and a report.
+
+    Ended early (Ctrl-C, a kill, a power cut), the same command goes on where it was.
+    Exits 1 if a gate is not passed, 2 on bad input.
+
+    Example: edgekd run fashion-mnist-quick --set quantize.epochs=2 --target host-onnxruntime
+    """
+    from edgekd.pipeline import run as run_recipe
+    from edgekd.recipe import Recipe
+
+    loaded = Recipe.load(recipe, changes=change or (), targets=target or ())
+    report = run_recipe(loaded, out=out, fresh=fresh)
+    report.print(Console(width=None if sys.stdout.isatty() else 140))
+    if not report.passed:
+        raise typer.Exit(GATE_FAILED)
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="The file to write.")] = Path("recipe.toml"),
+    recipe: Annotated[
+        str, typer.Option("--from", help="The shipped recipe to start from.")
+    ] = "fashion-mnist",
+    show: Annotated[bool, typer.Option("--list", help="Only list the shipped recipes.")] = False,
+) -> None:
+    """Write a recipe with comments, to change and run.
+
+    Example: edgekd init my.toml && edgekd run my.toml
+    """
+    from edgekd.recipe import shipped_recipes
+
+    shipped = shipped_recipes()
+    if show:
+        for name, text in sorted(shipped.items()):
+            print(f"{name:<24}{text.splitlines()[0].lstrip('# ')}")
+        return
+    if recipe not in shipped:
+        raise RecipeError(f"no recipe {recipe!r}{nearest(recipe, shipped)}")
+    if path.exists():
+        raise RecipeError(f"{path} exists; choose another name, or remove it first")
+    path.write_text(shipped[recipe])
+    print(f"wrote {path}; run it: edgekd run {path}")
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point: errors of ours and of the system end in one line, not in a traceback."""
+    try:
+        app()
+    except EdgekdError as error:
+        _end(str(error), BAD_INPUT)
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        _end(f"{error.strerror or error}{where}; what was done before is intact", BAD_INPUT)
+    except KeyboardInterrupt:
+        _end("interrupted; the same command goes on from here", INTERRUPTED)
+
+
+def _end(message: str, code: int) -> None:
+    Console(stderr=True).print(f"[bold red]error:[/] {message}", soft_wrap=True, highlight=False)
+    raise SystemExit(code)

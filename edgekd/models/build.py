@@ -1,0 +1,131 @@
+"""Models by name: our own families, torchvision, timm, or any `package.module:callable`."""
+
+from __future__ import annotations
+
+import importlib
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from edgekd.errors import MissingPackage, ModelError, nearest
+from edgekd.models.resnet import resnet
+
+FAMILIES = {"edgekd/resnet": resnet}
+# arguments that fetch weights: never repeated when a saved network is rebuilt
+FETCHES = {"weights", "weights_backbone", "pretrained"}
+
+
+class Build(BaseModel):
+    """What rebuilds a module: a name and keyword arguments, plain values only."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    model: str
+    kwargs: dict[str, Any] = {}
+
+    def without_fetching(self) -> Build:
+        """The same architecture, without the arguments that fetch weights."""
+        kept = {k: v for k, v in self.kwargs.items() if k not in FETCHES}
+        return self.model_copy(update={"kwargs": kept})
+
+
+def build_module(build: Build, *, trust: bool, origin: str) -> nn.Module:
+    """Build the module that `build` names.
+
+    Args:
+        trust: whether a callable outside edgekd, torchvision and timm may run.
+        origin: where the name was found, for messages.
+
+    Raises:
+        ModelError: unknown name, arguments that do not fit, or a callable that is not trusted.
+    """
+    name = build.model
+    try:
+        module = _factory(name, trust=trust, origin=origin)(**build.kwargs)
+    except TypeError as error:
+        raise ModelError(f"{origin}: {name} does not take {build.kwargs}: {error}") from None
+    if not isinstance(module, nn.Module):
+        raise ModelError(f"{origin}: {name} returned {type(module).__name__}, not an nn.Module")
+    return module
+
+
+def _factory(name: str, *, trust: bool, origin: str) -> Any:
+    library, _, model = name.partition("/")
+    if name in FAMILIES:
+        return FAMILIES[name]
+    if library == "torchvision" and model:
+        from torchvision import models
+
+        if model not in models.list_models():
+            raise ModelError(f"{origin}: no model {name!r}{nearest(model, models.list_models())}")
+        return lambda **kwargs: models.get_model(model, **kwargs)
+    if library == "timm" and model:
+        try:
+            import timm
+        except ImportError:
+            raise MissingPackage("timm", "timm") from None
+        if not timm.is_model(model):
+            raise ModelError(f"{origin}: no model {name!r}{nearest(model, timm.list_models())}")
+        return lambda **kwargs: timm.create_model(model, **kwargs)
+    if ":" in name:
+        if not trust:
+            raise ModelError(f"{origin} names the callable {name!r}; --trust lets it run")
+        return import_callable(name, origin)
+    raise ModelError(
+        f"{origin}: no model {name!r}; use {', '.join(FAMILIES)}, torchvision/NAME, timm/NAME or "
+        "package.module:callable"
+    )
+
+
+def import_callable(name: str, origin: str) -> Any:
+    """The object that `package.module:callable` names."""
+    package, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(package), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ModelError(f"{origin}: {name!r} cannot be imported: {error}") from None
+    if not callable(found):
+        raise ModelError(f"{origin}: {name!r} is a {type(found).__name__}, not a callable")
+    return found
+
+
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Load a state dict (`.safetensors`, or torch's file of tensors only) strictly into `module`.
+
+    A file that holds `{"state_dict": …}` or `{"model": …}`, and names with a `module.` in front
+    (DataParallel), are understood.
+
+    Raises:
+        ModelError: no such file, a damaged one, one that would need pickle to run code, or
+            names and shapes that do not fit.
+    """
+    if not path.is_file():
+        raise ModelError(f"weights {path} do not exist")
+    try:
+        if path.suffix == ".safetensors":
+            state: Any = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise ModelError(
+            f"{path} holds more than tensors; loading it would run code from the file. "
+            "Save module.state_dict() instead, or convert it to .safetensors"
+        ) from None
+    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise ModelError(f"{path} is damaged or not a checkpoint: {error}") from None
+    for key in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict):
+        raise ModelError(f"{path} holds a {type(state).__name__}, not a state dict")
+    if all(str(k).startswith("module.") for k in state):
+        state = {str(k).removeprefix("module."): v for k, v in state.items()}
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        raise ModelError(f"{path} does not fit {type(module).__name__}: {error}") from None

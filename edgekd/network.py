@@ -1,0 +1,363 @@
+"""Network: the tensor-in/tensors-out core that every stage takes and gives back."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.utils.flop_counter import FlopCounterMode
+
+from edgekd.errors import ModelError, StateError, describe_invalid
+from edgekd.models.build import Build, build_module
+from edgekd.target import QuantScheme
+
+FORMAT = 1
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Preprocessing(_Frozen):
+    """What turns a uint8 image into the input: (x / 255 − mean) / std, per channel."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+class Input(_Frozen):
+    """One input; `shape` leaves the batch axis (always 0, dynamic) out."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+
+
+class IO(_Frozen):
+    """What goes in and comes out: all that export and bundles read."""
+
+    inputs: tuple[Input, ...]
+    outputs: tuple[str, ...]
+    preprocessing: Preprocessing | None = None
+    labels: tuple[str, ...] = ()
+
+    def example(self, batch: int) -> tuple[Tensor, ...]:
+        """Zeros of the inputs' shapes, (batch, ...)."""
+        return tuple(
+            torch.zeros((batch, *i.shape), dtype=getattr(torch, i.dtype)) for i in self.inputs
+        )
+
+
+class Network:
+    """A module with what is known of its inputs and outputs.
+
+    `scheme is None`: an eager float module. Otherwise the captured, folded, fake-quantized and
+    trainable graph for that scheme.
+
+    Args:
+        module: any `nn.Module` that takes tensors of (N, ...) and returns a tensor, or a tuple
+            or dict of tensors.
+        example_inputs: one tensor, or a sequence of tensors; only shapes and types are kept.
+        preprocessing: how images become inputs.
+        labels: class names, in the order of the output.
+        build: the factory that rebuilds the module; without one, `load` needs `module=`.
+
+    Example:
+        >>> import torch, edgekd
+        >>> net = edgekd.Network(torch.nn.Conv2d(3, 8, 3), torch.zeros(1, 3, 16, 16))
+        >>> net.params, net.macs
+        (224, 42336)
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        example_inputs: Tensor | Sequence[Tensor],
+        *,
+        preprocessing: Preprocessing | None = None,
+        labels: Sequence[str] = (),
+        build: Build | None = None,
+    ) -> None:
+        examples = (
+            (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+        )
+        self.module = module
+        self.build = build
+        self.scheme: QuantScheme | None = None
+        self._programs: dict[bool, torch.export.ExportedProgram] = {}
+        names = ["input"] if len(examples) == 1 else [f"input{i}" for i in range(len(examples))]
+        self.io = IO(
+            inputs=tuple(
+                Input(
+                    name=name,
+                    shape=tuple(x.shape[1:]),
+                    dtype=str(x.dtype).removeprefix("torch."),
+                )
+                for name, x in zip(names, examples, strict=True)
+            ),
+            outputs=self._output_names(examples),
+            preprocessing=preprocessing,
+            labels=tuple(labels),
+        )
+
+    def _output_names(self, examples: tuple[Tensor, ...]) -> tuple[str, ...]:
+        was_training = self.module.training
+        self.module.eval()
+        try:
+            with torch.no_grad():
+                out = self.module(*examples)
+        except Exception as error:
+            shapes = [tuple(x.shape) for x in examples]
+            raise ModelError(
+                f"{type(self.module).__name__} fails on the example inputs {shapes}: {error}"
+            ) from error
+        finally:
+            self.module.train(was_training)
+        if isinstance(out, Mapping):
+            return tuple(out)
+        count = 1 if isinstance(out, Tensor) else len(out)
+        return ("output",) if count == 1 else tuple(f"output{i}" for i in range(count))
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        """The module's outputs as they come: a tensor, or a tuple or dict of tensors."""
+        return self.module(*inputs)
+
+    def __repr__(self) -> str:
+        kind = "float" if self.scheme is None else self.scheme.activation_dtype
+        return f"Network({self.params:,} parameters, {kind}, inputs {self.io.inputs})"
+
+    # ---- size --------------------------------------------------------------------------------
+
+    @property
+    def params(self) -> int:
+        """Number of weights and biases; scales of quantizers are not counted."""
+        return sum(
+            t.numel() for name, t, is_parameter in self._tensors() if is_parameter
+            and not name.startswith("quant.")
+        )  # fmt: skip
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of one sample, counted by torch's flop counter."""
+        counter = FlopCounterMode(display=False)
+        device = next((t.device for _, t, _ in self._tensors()), torch.device("cpu"))
+        mode = self.module.training
+        self.train_mode(False)
+        with counter, torch.no_grad():
+            self.module(*(x.to(device) for x in self.io.example(2)))
+        self.train_mode(mode)
+        return counter.get_total_flops() // 4  # 2 flops a MAC, batch 2
+
+    # ---- training ----------------------------------------------------------------------------
+
+    def train_mode(self, training: bool) -> None:
+        """Eager: `module.train(training)`. A captured graph has no modes: nothing happens."""
+        if self.scheme is None:
+            self.module.train(training)
+
+    def copy(self) -> Network:
+        """An independent copy; the stages train copies, never what they were given."""
+        other = copy.copy(self)
+        other.module, other._programs = copy.deepcopy(self.module), {}
+        return other
+
+    def quantized(self, graph: GraphModule, scheme: QuantScheme) -> Network:
+        """This network with `graph`, fake-quantized for `scheme`, in the module's place."""
+        other = copy.copy(self)
+        other.module, other.scheme, other._programs = graph, scheme, {}
+        return other
+
+    # ---- export ------------------------------------------------------------------------------
+
+    def program(self, *, unsigned: bool = False) -> torch.export.ExportedProgram:
+        """The network as every exporter takes it, computed once.
+
+        Float: captured, BatchNorm folded. Quantized: a copy with quantize and dequantize
+        operators in the fake-quantizers' place and integer weights.
+
+        Args:
+            unsigned: int8 activations as uint8; the zero points move, nothing else changes.
+        """
+        if unsigned not in self._programs:
+            from edgekd.quantization.capture import capture, export_graph
+            from edgekd.quantization.convert import convert
+
+            if self.scheme is None:
+                graph = capture(self.module, self.io.example(2))
+            else:
+                assert isinstance(self.module, GraphModule)
+                graph = convert(self.module, unsigned=unsigned)
+            self._programs[unsigned] = export_graph(graph, self.io.example(2))
+        return self._programs[unsigned]
+
+    # ---- disk --------------------------------------------------------------------------------
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor, bool]]:
+        """(name on disk, tensor, is it a parameter), each tensor once."""
+        prefixes: dict[str, str] = {}
+        if self.scheme is not None:
+            from edgekd.quantization.placement import quantizers
+
+            assert isinstance(self.module, GraphModule)
+            by_module = {id(m): f"quant.{n}" for n, m in quantizers(self.module).items()}
+            prefixes = {
+                path: by_module[id(m)]
+                for path, m in self.module.named_modules(remove_duplicate=True)
+                if id(m) in by_module
+            }
+        for tensors, is_parameter in (
+            (self.module.named_parameters(), True),
+            (self.module.named_buffers(), False),
+        ):
+            for name, tensor in tensors:
+                owner, _, leaf = name.rpartition(".")
+                yield (f"{prefixes[owner]}.{leaf}" if owner in prefixes else name), tensor, \
+                    is_parameter  # fmt: skip
+
+    def state(self) -> dict[str, Tensor]:
+        """The live tensors by their name on disk (`quant.<tensor>.scale` for quantizers)."""
+        return {name: tensor for name, tensor, _ in self._tensors()}
+
+    def load_state(self, state: Mapping[str, Tensor], origin: str) -> None:
+        """Copy `state` in, strictly.
+
+        Raises:
+            StateError: names or shapes differ; the first ones are named.
+        """
+        own = self.state()
+        missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+        if missing or extra:
+            raise StateError(
+                f"{origin}: weights do not fit the network: missing {missing[:3]} "
+                f"({len(missing)}), unexpected {extra[:3]} ({len(extra)})"
+            )
+        for name, tensor in own.items():
+            if tensor.shape != state[name].shape:
+                raise StateError(
+                    f"{origin}: {name} has shape {tuple(state[name].shape)}; "
+                    f"the network has {tuple(tensor.shape)}"
+                )
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(state[name])
+
+    def save(self, folder: str | Path) -> None:
+        """Write `spec.json` and `weights.safetensors`; nothing in them is pickled."""
+        import torchao
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        quant = None
+        if self.scheme is not None:
+            from edgekd.quantization.placement import digest, quantizers
+
+            assert isinstance(self.module, GraphModule)
+            quant = {
+                "scheme": self.scheme.model_dump(mode="json"),
+                "placement": list(quantizers(self.module)),
+                "placement_sha256": digest(self.module),
+                "torch": torch.__version__,
+                "torchao": torchao.__version__,
+            }
+        spec = {
+            "format": FORMAT,
+            "build": None if self.build is None else self.build.model_dump(mode="json"),
+            "io": self.io.model_dump(mode="json"),
+            "quant": quant,
+        }
+        tensors = {name: t.detach().cpu().contiguous().clone() for name, t in self.state().items()}
+        temporary = folder / f".weights.{os.getpid()}"
+        save_file(tensors, temporary)
+        os.replace(temporary, folder / "weights.safetensors")
+        write_atomically(folder / "spec.json", json.dumps(spec, indent=1))
+
+    @staticmethod
+    def load(
+        folder: str | Path, *, module: nn.Module | None = None, trust: bool = False
+    ) -> Network:
+        """Rebuild what `save` wrote: build → (capture → fold → place) → strict load.
+
+        Args:
+            folder: holds `spec.json` and `weights.safetensors`.
+            module: the untrained float module, where the network was saved without a factory.
+            trust: run a factory outside edgekd, torchvision and timm that the spec names.
+
+        Raises:
+            StateError: files missing or damaged, or a placement that this version of torch or
+                torchao does not reproduce.
+        """
+        folder = Path(folder)
+        spec = _read_spec(folder)
+        try:
+            io = IO(**spec["io"])
+            build = None if spec["build"] is None else Build(**spec["build"])
+            quant = spec["quant"]
+            scheme = None if quant is None else QuantScheme(**quant["scheme"])
+        except ValidationError as error:
+            raise StateError(f"{folder}/spec.json: {describe_invalid(error, IO)}") from None
+        if module is None:
+            if build is None:
+                raise StateError(
+                    f"{folder} was saved without a factory; give its untrained float module: "
+                    "Network.load(path, module=...)"
+                )
+            module = build_module(build, trust=trust, origin=f"{folder}/spec.json")
+        net = Network(module, io.example(2), build=build)
+        net.io = io
+        if scheme is not None:
+            from edgekd.quantization.capture import capture
+            from edgekd.quantization.placement import digest, place
+
+            graph = place(capture(module, io.example(2)), scheme)
+            if digest(graph) != quant["placement_sha256"]:
+                import torchao
+
+                raise StateError(
+                    f"{folder}: quantizers are placed differently here (torch "
+                    f"{torch.__version__}, torchao {torchao.__version__}) than where it was saved "
+                    f"(torch {quant['torch']}, torchao {quant['torchao']}); install those versions"
+                )
+            net = net.quantized(graph, scheme)
+        net.load_state(read_tensors(folder / "weights.safetensors"), str(folder))
+        return net
+
+
+def _read_spec(folder: Path) -> dict[str, Any]:
+    try:
+        spec: dict[str, Any] = json.loads((folder / "spec.json").read_text())
+        found = spec["format"]
+    except FileNotFoundError:
+        raise StateError(f"{folder} holds no saved network (no spec.json)") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise StateError(f"{folder}/spec.json is damaged: {error}") from None
+    if found != FORMAT:
+        raise StateError(f"{folder}/spec.json has format {found}; this version reads {FORMAT}")
+    return spec
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file."""
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except FileNotFoundError:
+        raise StateError(f"{path} does not exist") from None
+    except SafetensorError as error:
+        raise StateError(f"{path} is damaged: {error}") from None
+    return tensors
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write beside `path`, then rename: a reader sees the old text or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    os.replace(temporary, path)

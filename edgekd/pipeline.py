@@ -1,0 +1,432 @@
+"""run: a recipe's tree of stages, each in a folder named by all that went into it.
+
+    teacher ─► distill ─┬─► export <target> fp32 ─┐
+                        └─► quantize <scheme> ─► export <target> int8 ─► profile <target> ─► report
+
+A stage whose folder is done is skipped; one with a checkpoint goes on from it. Targets that want
+the same integers share one quantize stage.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import platform
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime
+import torch
+import torchao
+
+from edgekd import __version__
+from edgekd.data.base import Data
+from edgekd.data.readers import read_data
+from edgekd.errors import RecipeError, StateError
+from edgekd.latency.measuring import Measurement, host_name
+from edgekd.models.build import Build, build_module, load_weights
+from edgekd.network import Network, write_atomically
+from edgekd.recipe import Recipe, StudentSection
+from edgekd.reporting.progress import console
+from edgekd.reporting.report import (
+    ArtifactRow,
+    DataRow,
+    Latency,
+    Report,
+    StageRow,
+    TeacherRow,
+    stage_row,
+)
+from edgekd.rundir import RunDir
+from edgekd.runtimes.base import Artifact, get_runtime
+from edgekd.stages.distill import distill
+from edgekd.stages.export import export
+from edgekd.stages.profile import profile_together
+from edgekd.stages.quantize import quantize
+from edgekd.stages.verify import Parity, verify
+from edgekd.target import QuantScheme, Target, host_instruction_set
+from edgekd.tasks.base import Score, Task, get_task
+from edgekd.training import evaluate, fabric
+
+# raised when a stage's meaning changes, so that folders of older versions are not taken for it
+STAGE_VERSIONS = {"teacher": 1, "distill": 1, "quantize": 1, "export": 1, "profile": 1}
+
+
+@dataclass(frozen=True)
+class Node:
+    """A finished stage with a network: what it gave, and the key that stands for it."""
+
+    key: str
+    net: Network
+    score: Score
+
+
+def run(recipe: Recipe | str | Path, *, out: str | Path = "runs", fresh: bool = False) -> Report:
+    """Carry out a recipe; continue it where an earlier call ended.
+
+    Args:
+        recipe: a Recipe, a file, or the name of a shipped one.
+        out: the folder of runs; this one's is `out/<name>`.
+        fresh: do everything again; what the same inputs gave before is deleted.
+
+    Returns:
+        The report, which is also in `out/<name>/report/report.json`. `passed` is False if a gate
+        failed or could not be checked.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = Recipe.load(recipe)
+    targets = [Target.load(name) for name in recipe.targets]
+    folder = Path(out) / recipe.name
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        return _Run(recipe, targets, folder, fresh).report()
+
+
+class _Run:
+    """One recipe being carried out."""
+
+    def __init__(self, recipe: Recipe, targets: list[Target], folder: Path, fresh: bool) -> None:
+        self.recipe, self.targets, self.folder, self.fresh = recipe, targets, folder, fresh
+        self._asked: set[Path] = set()  # folders that this run has named: fresh empties each once
+        options = recipe.task.model_dump()
+        self.task: Task = get_task(options.pop("name"), **options)
+        self.data: Data = read_data(**recipe.data.model_dump())
+        self.versions = {
+            "edgekd": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchao": torchao.__version__,
+            "onnx": onnx.__version__,
+            "onnxruntime": onnxruntime.__version__,
+        }
+
+    def report(self) -> Report:
+        """Every stage in order, then the report."""
+        teacher = self.teacher()
+        student = self.student(teacher)
+        stages = [self._row("student", student, "distilled from the teacher")]
+        quantized: dict[QuantScheme, Node] = {}
+        for target in self.targets:
+            scheme = target.scheme
+            if scheme is not None and scheme not in quantized:
+                quantized[scheme] = node = self.quantized(target, student, teacher)
+                name = f"quantized{'' if len(quantized) == 1 else f' {len(quantized)}'}"
+                stages.append(self._row(name, node, self._quantize_note()))
+        rows: list[ArtifactRow] = []
+        latencies: list[Latency] = []
+        for target in self.targets:
+            nodes = [student] + ([quantized[target.scheme]] if target.scheme else [])
+            of_target, of_teacher = self.artifacts(target, nodes, teacher)
+            rows += of_target
+            latencies += of_teacher
+        teacher_row = TeacherRow(
+            **self._row("teacher", teacher, self._teacher_note()).model_dump(),
+            latency=tuple(latencies),
+        )
+        report = Report(
+            name=self.recipe.name,
+            note=self.recipe.note,
+            metric_name=self.task.metric_name,
+            passed=all(row.gate == "passed" for row in rows),
+            seed=self.recipe.seed,
+            data=DataRow(
+                name=self.data.name,
+                fingerprint=self.data.fingerprint,
+                train=len(self.data.splits["train"]),
+                test=len(self.data.splits["test"]),
+            ),
+            teacher=teacher_row,
+            stages=tuple(stages),
+            artifacts=tuple(rows),
+            controls=(),
+            host=host_name(),
+            versions=self.versions,
+            path=str(self.folder / "report" / "report.json"),
+        )
+        report.save()
+        return report
+
+    # ---- networks ----------------------------------------------------------------------------
+
+    def teacher(self) -> Node:
+        """Given by its weights, trained further if `epochs`; or trained from scratch."""
+        section = self.recipe.teacher
+        if section is None or (section.weights is None and not section.epochs):
+            raise RecipeError(
+                "teacher: there is none; give teacher.model with teacher.weights (a trained "
+                "state dict) or teacher.epochs (to train it here)"
+            )
+        options = section.model_dump(include={"epochs", "batch_size", "lr", "weight_decay"})
+
+        def make(run: RunDir) -> Network:
+            net = self._untrained(section)
+            if section.weights is not None:
+                load_weights(net.module, section.weights)
+            if not section.epochs:
+                return net
+            return distill(
+                net, task=self.task, data=self.data, seed=self.recipe.seed, run=run, **options
+            )
+
+        return self._stage("teacher", self._inputs(section, options), make)
+
+    def student(self, teacher: Node) -> Node:
+        """Distilled from the teacher."""
+        section, options = self.recipe.student, self.recipe.distill.model_dump()
+
+        def make(run: RunDir) -> Network:
+            net = self._untrained(section)
+            if section.weights is not None:
+                load_weights(net.module, section.weights)
+            return distill(
+                net, task=self.task, data=self.data, teacher=teacher.net,
+                seed=self.recipe.seed, run=run, **options,
+            )  # fmt: skip
+
+        inputs = self._inputs(section, options) | {"teacher": teacher.key}
+        return self._stage("distill", inputs, make)
+
+    def quantized(self, target: Target, student: Node, teacher: Node) -> Node:
+        """Quantized for the target's scheme; trained with the teacher if `epochs`."""
+        options = self.recipe.quantize.model_dump()
+        assert target.scheme is not None
+
+        def make(run: RunDir) -> Network:
+            return quantize(
+                student.net, target=target, data=self.data, teacher=teacher.net, task=self.task,
+                seed=self.recipe.seed, run=run, **options,
+            )  # fmt: skip
+
+        inputs = {
+            "student": student.key,
+            "teacher": teacher.key,
+            "scheme": target.scheme.model_dump(mode="json"),
+            "options": options,
+        }
+        return self._stage("quantize", inputs, make)
+
+    def _untrained(self, section: StudentSection) -> Network:
+        build = section.build()
+        known = {"num_classes": len(self.data.classes)}
+        if build.model.startswith("edgekd/"):
+            known["in_channels"] = self.data.image_shape[0]
+        if ":" not in build.model:
+            build = build.model_copy(update={"kwargs": known | build.kwargs})
+        torch.manual_seed(self.recipe.seed)
+        # the recipe's author named the callable: that is the trust it needs
+        module = build_module(build, trust=True, origin=f"recipe {self.recipe.name}")
+        return Network(
+            module,
+            torch.zeros(1, *self.data.image_shape),
+            preprocessing=self.data.preprocessing,
+            labels=self.data.classes,
+            build=build.without_fetching(),
+        )
+
+    def _inputs(self, section: StudentSection, options: dict[str, Any]) -> dict[str, Any]:
+        weights = None
+        if section.weights is not None and section.weights.is_file():
+            weights = hashlib.sha256(section.weights.read_bytes()).hexdigest()
+        return {
+            "build": section.build().model_dump(mode="json"),
+            "weights": weights,
+            "options": options,
+        }
+
+    # ---- one target --------------------------------------------------------------------------
+
+    def artifacts(
+        self, target: Target, nodes: list[Node], teacher: Node
+    ) -> tuple[list[ArtifactRow], list[Latency]]:
+        """Export, verify, measure where this host can, and choose what ships."""
+        done = [self._exported(target, node) for node in nodes]
+        measured: list[Measurement | None] = [None] * len(done)
+        latencies = []
+        if target.verifier == "native" and all(parity.verifier for _, _, parity in done):
+            beside = self._exported(target, teacher, checked=False)
+            folders = [folder for folder, _, _ in (*done, beside)]
+            *measured, of_teacher = self._measured(target, folders)  # type: ignore[list-item]
+            latencies = [Latency(target=target.name, latency_p50_ms=of_teacher.p50_ms)]
+        ships, why = _choose(target, [parity for _, _, parity in done], measured)
+        rows = []
+        for index, (folder, artifact, parity) in enumerate(done):
+            measurement = measured[index]
+            metric = parity.metric
+            rows.append(
+                ArtifactRow(
+                    **artifact.model_dump(include={"target", "precision", "size_bytes", "sha256"}),
+                    **parity.model_dump(
+                        include={
+                            "verifier", "n", "agreement", "max_steps", "mean_steps",
+                            "relative_error", "integer_share", "gate", "reasons",
+                        }
+                    ),
+                    path=str(folder / artifact.path.name),
+                    metric=None if metric is None else metric.value,
+                    metric_ci95=None if metric is None else metric.ci95,
+                    worst_tensors=parity.worst_tensors[:10],
+                    latency_p50_ms=None if measurement is None else measurement.p50_ms,
+                    measurement=measurement,
+                    ships=index == ships,
+                    why=why if index == ships else "",
+                )
+            )  # fmt: skip
+        return rows, latencies
+
+    def _exported(
+        self, target: Target, node: Node, *, checked: bool = True
+    ) -> tuple[Path, Artifact, Parity]:
+        """(folder, artifact, parity) of one network on one target."""
+        gates = self.recipe.verify.model_dump() if checked else None
+        runtime = get_runtime("onnxruntime" if target.verifier == "emulated" else target.runtime)
+        folder = self._folder(
+            f"export-{target.name}",
+            "export",
+            {
+                "network": node.key,
+                "target": target.model_dump(mode="json"),
+                "gates": gates,
+                "runtime": runtime.version(),
+                # native kernels differ from CPU to CPU; the emulated check does not
+                "instructions": host_instruction_set() if target.verifier == "native" else None,
+            },
+        )
+        place = RunDir(folder)
+        if place.done() is not None:
+            artifact = Artifact.load(folder)
+            return (
+                folder,
+                artifact,
+                Parity.model_validate_json((folder / "parity.json").read_text()),
+            )
+        self._say(folder)
+        artifact = export(node.net, target=target, out=folder)
+        if gates is None:
+            parity = Parity(
+                target=target.name, precision=artifact.precision, verifier=target.verifier,
+                gate="unchecked", reasons=("exported for its latency only",),
+            )  # fmt: skip
+        else:
+            parity = verify(artifact, node.net, data=self.data, task=self.task, **gates)
+        write_atomically(folder / "parity.json", parity.model_dump_json(indent=1))
+        place.finish({"gate": parity.gate})
+        return folder, artifact, parity
+
+    def _measured(self, target: Target, folders: list[Path]) -> list[Measurement]:
+        """Latencies of the artifacts in `folders`, timed in turns; kept beside each."""
+        artifacts = [Artifact.load(folder) for folder in folders]
+        hashes = tuple(artifact.sha256 for artifact in artifacts)
+        kept = [_kept_measurement(folder / "measurement.json") for folder in folders]
+        options = self.recipe.profile.model_dump()
+        if all(
+            m is not None
+            and (m.compared, m.host, m.threads) == (hashes, host_name(), options["threads"])
+            for m in kept
+        ):
+            return [m for m in kept if m is not None]
+        console.print(f"profile {target.name}: {len(folders)} artifacts in turns")
+        measured = profile_together(artifacts, target=target, **options)
+        for folder, measurement in zip(folders, measured, strict=True):
+            write_atomically(folder / "measurement.json", measurement.model_dump_json(indent=1))
+        return measured
+
+    # ---- folders -----------------------------------------------------------------------------
+
+    def _stage(self, stage: str, inputs: dict[str, Any], make: Callable[[RunDir], Network]) -> Node:
+        """The stage's network: loaded if its folder is done, made otherwise."""
+        everything = {
+            "data": self.data.fingerprint,
+            "augment": self.data.augment,
+            "task": self.recipe.task.model_dump(),
+            "seed": self.recipe.seed,
+            **inputs,
+        }
+        folder = self._folder(stage, stage, everything)
+        place = RunDir(folder)
+        key = folder.name
+        if (record := place.done()) is not None:
+            net = Network.load(folder, trust=True)
+            return Node(key, net, Score(**record["score"]))
+        self._say(folder)
+        net = make(place)
+        score = evaluate(net, task=self.task, data=self.data, on=fabric())
+        net.save(folder)
+        place.finish({"score": score.model_dump(mode="json")})
+        console.print(f"  {self.task.metric_name} {score.value:.2%}")
+        return Node(key, net, score)
+
+    def _folder(self, prefix: str, stage: str, inputs: dict[str, Any]) -> Path:
+        everything = inputs | {
+            "stage": [stage, STAGE_VERSIONS[stage]],
+            "torch": torch.__version__,
+            "torchao": torchao.__version__,
+        }
+        text = json.dumps(everything, sort_keys=True, default=str)
+        folder = self.folder / f"{prefix}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        if self.fresh and folder.exists() and folder not in self._asked:
+            shutil.rmtree(folder)
+        self._asked.add(folder)
+        return folder
+
+    def _say(self, folder: Path) -> None:
+        verb = "continue" if (folder / "last.ckpt").exists() else "start"
+        console.print(f"{verb} {folder}", soft_wrap=True)
+
+    # ---- words -------------------------------------------------------------------------------
+
+    def _row(self, name: str, node: Node, note: str) -> StageRow:
+        return stage_row(name, node.score, node.net.params, node.net.macs, note)
+
+    def _teacher_note(self) -> str:
+        section = self.recipe.teacher
+        assert section is not None
+        trained = f"trained here for {section.epochs} epochs" if section.epochs else ""
+        given = f"weights from {section.weights}" if section.weights else ""
+        return ", then ".join(part for part in (given, trained) if part)
+
+    def _quantize_note(self) -> str:
+        epochs = self.recipe.quantize.epochs
+        return f"distilled in integers for {epochs} epochs" if epochs else "post-training"
+
+
+def _choose(
+    target: Target, parities: list[Parity], measured: list[Measurement | None]
+) -> tuple[int | None, str]:
+    """Index of what ships, and why: the faster where measured, else what the target prefers."""
+    sound = [i for i, parity in enumerate(parities) if parity.gate == "passed"]
+    if not sound:
+        return None, "no artifact passed its gate"
+    timed = {i: m.p50_ms for i in sound if (m := measured[i]) is not None}
+    if len(timed) == len(sound) > 1:
+        ranked = sorted(timed, key=lambda i: timed[i])
+        best, other = ranked[0], ranked[1]
+        return best, (
+            f"{timed[other] / timed[best]:.2f}× the speed of {parities[other].precision} "
+            f"({timed[best]:.3f} against {timed[other]:.3f} ms on this host)"
+        )
+    preferred = max(sound, key=lambda i: target.precisions.index(parities[i].precision))
+    how = "not measured: not this host" if target.verifier == "emulated" else "the only one sound"
+    return preferred, f"{target.name} prefers it ({how})"
+
+
+def _kept_measurement(path: Path) -> Measurement | None:
+    if not path.is_file():
+        return None
+    return Measurement.model_validate_json(path.read_text())
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time in a run's folder; the lock ends with the process."""
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise StateError(f"another edgekd is at work in {folder}; wait for it") from None
+        yield

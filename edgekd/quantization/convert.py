@@ -1,0 +1,38 @@
+"""From the trained fake-quantized graph to quantize and dequantize operators."""
+
+from __future__ import annotations
+
+import copy
+import operator
+
+import torch
+from torch.fx import GraphModule
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
+
+from edgekd.quantization.fake_quant import FakeQuant
+
+
+def convert(graph_module: GraphModule, *, unsigned: bool = False) -> GraphModule:
+    """A copy with quantize/dequantize operators in place of fake-quantizers, int8 weights.
+
+    Args:
+        unsigned: int8 activations become uint8, without loss.
+
+    Weights are first set to their quantized values, so that a range narrower than the integer
+    type (7 bits) is kept without a Clip in the exported file.
+    """
+    converted = copy.deepcopy(graph_module)
+    with torch.no_grad():
+        for node in converted.graph.nodes:
+            if node.op != "call_module":
+                continue
+            quantizer = converted.get_submodule(str(node.target))
+            assert isinstance(quantizer, FakeQuant)
+            if node.args[0].op == "get_attr":
+                weight = operator.attrgetter(str(node.args[0].target))(converted)
+                weight.copy_(quantizer(weight))
+            elif unsigned and quantizer.dtype is torch.int8:
+                quantizer.to_unsigned()
+    done = convert_pt2e(converted, fold_quantize=True)
+    assert isinstance(done, GraphModule)
+    return done

@@ -1,0 +1,201 @@
+"""The quantizer that is calibrated, trained and converted: one module for every tensor.
+
+Quantize-dequantize with learnable scales, after LSQ (arXiv:1902.08153):
+
+    q(x) = clamp(round(x / s) + z, q_min, q_max)        x̂ = s · (q(x) − z)
+
+`z` is fixed after calibration. Forward is torch's fused kernel, the same arithmetic as the
+quantize and dequantize operators that `convert_pt2e` puts in its place.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torchao.quantization.pt2e import FakeQuantizeBase
+
+Observer = Literal["minmax", "mse"]
+MIN_SCALE = 1e-9
+# Candidate clipping ranges of the "mse" observer, as a share of the observed range.
+SHRINK = torch.linspace(0.3, 1.0, 36)
+SAMPLE = 1 << 16  # elements of a tensor and batch that the "mse" observer looks at
+
+
+class _LearnedStep(torch.autograd.Function):
+    """x̂ with gradients for x (straight through inside the range) and for s.
+
+    LSQ's gradient of s is Σ dy · (x̂ − m·x) / s, m = 1 inside the range (their eq. 3 with z
+    written out). As dx = m · dy, that is (⟨dy, x̂⟩ − ⟨dx, x⟩) / s: two dot products.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, axis: int
+    ) -> Tensor:
+        if scale.dim():
+            y, mask = torch.ops.aten.fake_quantize_per_channel_affine_cachemask(
+                x, scale, zero_point, axis, low, high
+            )
+        else:
+            on = torch.ones(1, dtype=torch.uint8, device=x.device)
+            y, mask = torch.ops.aten._fake_quantize_per_tensor_affine_cachemask_tensor_qparams(
+                x, scale, zero_point, on, low, high
+            )
+        ctx.save_for_backward(x, y, mask, scale)
+        ctx.axis = axis
+        # LSQ §2.2: g = 1 / sqrt(N · Qp) puts the step of s on the scale of the weights' steps;
+        # N counts the features of one sample, or the weights of one channel.
+        count = x.numel() // (scale.numel() if scale.dim() else max(1, x.shape[0]))
+        ctx.gradient_scale = (max(1, count) * max(1, high)) ** -0.5
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, y, mask, scale = ctx.saved_tensors
+        dy = grads[0]
+        dx = dy * mask
+        ds = None
+        if ctx.needs_input_grad[1]:
+            if scale.dim():
+                other = [d for d in range(x.dim()) if d != ctx.axis]
+                ds = ((dy * y).sum(other) - (dx * x).sum(other)) / scale
+            else:
+                flat_dy, flat_y, flat_dx, flat_x = (t.reshape(-1) for t in (dy, y, dx, x))
+                ds = (torch.dot(flat_dy, flat_y) - torch.dot(flat_dx, flat_x)) / scale
+            ds = ds * ctx.gradient_scale
+        return dx, ds, None, None, None, None
+
+
+class FakeQuant(FakeQuantizeBase):  # type: ignore[misc]  # torchao ships no types
+    """Quantize-dequantize of one tensor, per tensor or per channel.
+
+    Args:
+        dtype: `torch.int8` or `torch.uint8`, the integer type of the exported file.
+        bits: the integers are used as if they had this many bits (7 of 8 keeps `vpmaddubsw`
+            from saturating); the exported type stays `dtype`.
+        symmetric: zero point 0 and range ±(2^(bits-1) − 1) from amax.
+        channels: number of channels on `ch_axis`, or None for one scale for the tensor.
+        max_value: largest real value the range may reach (6 behind a ReLU6, so that the clip
+            vanishes into the quantizer).
+    """
+
+    def __init__(
+        self,
+        *,
+        dtype: torch.dtype,
+        bits: int = 8,
+        symmetric: bool,
+        channels: int | None = None,
+        ch_axis: int = 0,
+        max_value: float | None = None,
+        **_: Any,  # torchao repeats the fields of its QuantizationSpec here
+    ) -> None:
+        nn.Module.__init__(self)  # not FakeQuantizeBase's: its switches would be saved as state
+        info = torch.iinfo(dtype)
+        self.dtype = dtype
+        self.symmetric = symmetric
+        self.quant_min, self.quant_max = info.min, info.max
+        amax = 2 ** (bits - 1) - 1
+        self.low, self.high = (-amax, amax) if symmetric else (info.min, info.max)
+        self.ch_axis = ch_axis
+        self.qscheme = torch.per_tensor_affine if channels is None else torch.per_channel_symmetric
+        self.max_value = max_value
+        self.mode: Literal["range", "error", "quantize"] = "quantize"
+        shape = () if channels is None else (channels,)
+        self.scale = nn.Parameter(torch.ones(shape))
+        self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int32))
+        self.zero_point: Tensor
+        self._range: tuple[Tensor, Tensor] | None = None
+        self._error: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.mode == "quantize":
+            if torch.is_grad_enabled() and self.scale.requires_grad:
+                self._bound_scale()
+            y: Tensor = _LearnedStep.apply(
+                x, self.scale, self.zero_point, self.low, self.high, self.ch_axis
+            )
+            return y
+        with torch.no_grad():
+            if self.mode == "range":
+                self._observe_range(x)
+            else:
+                self._observe_error(x)
+        return x
+
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        """(scale, zero point), as torchao's conversion asks for them."""
+        return self.scale.detach(), self.zero_point
+
+    # ---- calibration -------------------------------------------------------------------------
+
+    def _channels_first(self, x: Tensor) -> Tensor:
+        """(1, n) or (C, n): one row for each scale."""
+        if self.scale.dim():
+            return x.transpose(0, self.ch_axis).reshape(x.shape[self.ch_axis], -1)
+        return x.reshape(1, -1)
+
+    def _observe_range(self, x: Tensor) -> None:
+        rows = self._channels_first(x)
+        low, high = rows.amin(1).clamp(max=0), rows.amax(1).clamp(min=0)
+        if self._range is not None:
+            low, high = torch.minimum(low, self._range[0]), torch.maximum(high, self._range[1])
+        self._range = (low, high)
+
+    def _observe_error(self, x: Tensor) -> None:
+        rows = self._channels_first(x)
+        rows = rows[:, :: max(1, rows.shape[1] // SAMPLE)]
+        errors = []
+        for share in SHRINK.tolist():
+            scale, zero = (t[:, None] for t in self._qparams(share))
+            q = ((rows / scale).round() + zero).clamp(self.low, self.high)
+            errors.append((((q - zero) * scale - rows) ** 2).sum(1))
+        error = torch.stack(errors)
+        self._error = error if self._error is None else self._error + error
+
+    def _qparams(self, share: Tensor | float) -> tuple[Tensor, Tensor]:
+        """Scale and zero point for `share` of the observed range, rows of `_range`."""
+        assert self._range is not None
+        low, high = self._range[0] * share, self._range[1] * share
+        if self.max_value is not None:
+            high = high.clamp(max=self.max_value)
+        if self.symmetric:
+            scale = torch.maximum(-low, high) / self.high
+            return scale.clamp(min=MIN_SCALE), torch.zeros_like(scale)
+        scale = ((high - low) / (self.high - self.low)).clamp(min=MIN_SCALE)
+        return scale, (self.low - (low / scale).round()).clamp(self.low, self.high)
+
+    def start(self) -> bool:
+        """Set scale and zero point from what was observed; False if nothing passed through."""
+        self.mode = "quantize"
+        if self._range is None:
+            return False
+        share: Tensor | float = 1.0
+        if self._error is not None:
+            share = SHRINK.to(self._error)[self._error.argmin(0)]
+        scale, zero = self._qparams(share)
+        with torch.no_grad():
+            self.scale.copy_(scale.reshape(self.scale.shape))
+            self.zero_point.copy_(zero.reshape(self.scale.shape).to(torch.int32))
+            self._bound_scale()
+        self._range = self._error = None
+        return True
+
+    # ---- training and conversion -------------------------------------------------------------
+
+    def _bound_scale(self) -> None:
+        """Keep the scale positive, and the range inside what the fused clip allows."""
+        self.scale.data.clamp_(min=MIN_SCALE)
+        if self.max_value is not None:
+            # a little below: high · s must not exceed max_value after rounding
+            largest = self.max_value * (1 - 2**-22) / (self.high - self.zero_point)
+            self.scale.data.copy_(torch.minimum(self.scale.data, largest))
+
+    def to_unsigned(self) -> None:
+        """int8 → uint8 without loss: the same scale, the zero point moved by 128."""
+        self.dtype = torch.uint8
+        self.quant_min, self.quant_max = 0, 255
+        self.low, self.high = self.low + 128, self.high + 128
+        self.zero_point += 128

@@ -1,0 +1,195 @@
+"""Report: the answer, as a value, a terminal table and JSON."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+from rich.console import Console
+from rich.table import Table
+
+from edgekd.latency.measuring import Measurement
+from edgekd.network import write_atomically
+from edgekd.stages.verify import Gate, TensorDifference
+from edgekd.tasks.base import Score
+
+SCHEMA_VERSION = 1
+Interval = tuple[float, float]
+
+
+class _Row(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class StageRow(_Row):
+    """A network on the way: metric on the test split, size, and what was done."""
+
+    name: str
+    metric: float
+    metric_ci95: Interval
+    n: int
+    params: int
+    macs: int
+    note: str = ""
+
+
+class Latency(_Row):
+    """Of one FP32 network on one target's runtime."""
+
+    target: str
+    latency_p50_ms: float
+
+
+class TeacherRow(StageRow):
+    """The teacher, and its FP32 latency beside the artifacts."""
+
+    latency: tuple[Latency, ...]
+
+
+class ArtifactRow(_Row):
+    """One exported file: is it right, how large, how fast; does it ship, and why."""
+
+    target: str
+    precision: str
+    path: str
+    size_bytes: int
+    sha256: str
+    verifier: str | None
+    metric: float | None
+    metric_ci95: Interval | None
+    n: int
+    agreement: float | None
+    max_steps: float | None
+    mean_steps: float | None
+    relative_error: float | None
+    integer_share: float | None
+    gate: Gate
+    reasons: tuple[str, ...]
+    worst_tensors: tuple[TensorDifference, ...]
+    latency_p50_ms: float | None
+    measurement: Measurement | None
+    ships: bool
+    why: str
+
+
+class DataRow(_Row):
+    """The data that figures come from."""
+
+    name: str
+    fingerprint: str
+    train: int
+    test: int
+
+
+class Report(_Row):
+    """See the project's README for how to read it; `schema_version` changes with its fields."""
+
+    schema_version: int = SCHEMA_VERSION
+    name: str
+    note: str
+    metric_name: str
+    passed: bool
+    seed: int
+    data: DataRow
+    teacher: TeacherRow
+    stages: tuple[StageRow, ...]
+    artifacts: tuple[ArtifactRow, ...]
+    controls: tuple[StageRow, ...]
+    host: str
+    versions: dict[str, str]
+    path: str
+
+    @staticmethod
+    def load(path: str | Path) -> Report:
+        """Read a `report.json`."""
+        return Report.model_validate_json(Path(path).read_text())
+
+    def save(self) -> None:
+        """Write `report.json` at `path`."""
+        path = Path(self.path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, self.model_dump_json(indent=1))
+
+    def print(self, console: Console) -> None:
+        """The tables and the verdict, for people."""
+        console.print(self._stage_table())
+        console.print(self._artifact_table())
+        for row in self.artifacts:
+            if row.ships:
+                console.print(f"{row.target}: ships {row.precision}, {row.why}")
+        for row in self.artifacts:
+            for reason in row.reasons:
+                console.print(f"{row.target} {row.precision} [bold]{row.gate}[/]: {reason}")
+            if row.worst_tensors:
+                console.print("  most different inside, in steps (mean, max):")
+            for worst in row.worst_tensors[:5]:
+                console.print(f"  {worst.tensor}: {worst.mean_steps:.3g}, {worst.max_steps:.3g}")
+        console.print(f"{'all gates passed' if self.passed else 'NOT all gates passed'}")
+        console.print(f"report: {self.path}", soft_wrap=True)
+
+    def _stage_table(self) -> Table:
+        note = f", {self.note}" if self.note else ""
+        table = Table(
+            title=f"{self.name}{note}: {self.metric_name} on {self.data.test:,} test images "
+            f"(95 % interval), seed {self.seed}"
+        )
+        for heading in ("network", self.metric_name, "parameters", "MACs", "how"):
+            table.add_column(heading, justify="left" if heading in ("network", "how") else "right")
+        for row in (self.teacher, *self.stages):
+            table.add_row(
+                row.name, _percent(row.metric, row.metric_ci95), f"{row.params:,}",
+                f"{row.macs / 1e6:.2f} M", row.note,
+            )  # fmt: skip
+        return table
+
+    def _artifact_table(self) -> Table:
+        table = Table(title=f"latency on this host: {self.host}, batch 1")
+        for heading, justify in ARTIFACT_COLUMNS:
+            table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+        for latency in self.teacher.latency:
+            table.add_row(
+                latency.target,
+                "fp32",
+                "teacher",
+                "",
+                "",
+                "",
+                "",
+                f"{latency.latency_p50_ms:.3f} ms",
+            )
+        for row in self.artifacts:
+            measured = row.measurement
+            table.add_row(
+                row.target,
+                row.precision,
+                "yes" if row.ships else "",
+                f"{row.size_bytes / 1024:.0f} KiB",
+                _percent(row.metric, row.metric_ci95) if row.metric_ci95 else "",
+                "" if row.agreement is None else f"{row.agreement:.2%}",
+                f"{row.gate}, {row.verifier}" if row.verifier else row.gate,
+                "not measured" if measured is None else
+                f"{measured.p50_ms:.3f} ms ({measured.clock}, {measured.threads} thread"
+                f"{'s' if measured.threads > 1 else ''})",
+            )  # fmt: skip
+        return table
+
+
+ARTIFACT_COLUMNS = (
+    ("target", "left"), ("precision", "left"), ("ships", "left"), ("size", "right"),
+    ("metric of the artifact", "right"), ("agreement", "right"), ("gate", "left"),
+    ("p50", "right"),
+)  # fmt: skip
+
+
+def _percent(value: float | None, interval: Interval | None) -> str:
+    if value is None or interval is None:
+        return ""
+    return f"{100 * value:.2f} ({100 * interval[0]:.2f}–{100 * interval[1]:.2f})"
+
+
+def stage_row(name: str, score: Score, params: int, macs: int, note: str = "") -> StageRow:
+    """A row from a score."""
+    return StageRow(
+        name=name, metric=score.value, metric_ci95=score.ci95, n=score.n, params=params,
+        macs=macs, note=note,
+    )  # fmt: skip

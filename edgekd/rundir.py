@@ -1,0 +1,93 @@
+"""One stage's folder: its log, its checkpoint, and the file that says it is done."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edgekd.errors import StateError
+from edgekd.network import write_atomically
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """`metrics.jsonl`, `last.ckpt` and `done.json` in `path`.
+
+    Each file appears whole or not at all, and `done.json` is written last, so a process may be
+    killed at any instant.
+    """
+
+    path: Path
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append one line to the metrics."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def history(self) -> list[dict[str, Any]]:
+        """The metrics logged so far; a last line cut short by a kill is left out."""
+        records = []
+        try:
+            lines = (self.path / "metrics.jsonl").read_text().splitlines()
+        except FileNotFoundError:
+            return []
+        for line in lines:
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                break
+        return records
+
+    def save_checkpoint(self, state: dict[str, Any]) -> None:
+        """Replace the checkpoint; `state` holds tensors and plain values only."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        temporary = self.path / f".last.ckpt.{os.getpid()}"
+        try:
+            torch.save(state, temporary)
+            os.replace(temporary, self.path / "last.ckpt")
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def load_checkpoint(self) -> dict[str, Any] | None:
+        """The last checkpoint, None if there is none.
+
+        The log is cut back to what had been logged when it was written.
+        """
+        path = self.path / "last.ckpt"
+        if not path.is_file():
+            (self.path / "metrics.jsonl").unlink(missing_ok=True)
+            return None
+        try:
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            step = state["step"]
+        except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+            raise StateError(
+                f"{path} is damaged ({error}); delete it to start this stage again"
+            ) from None
+        kept = [json.dumps(r) + "\n" for r in self.history() if r["step"] <= step]
+        write_atomically(self.path / "metrics.jsonl", "".join(kept))
+        return state
+
+    def done(self) -> dict[str, Any] | None:
+        """What `finish` recorded, None if the stage has not ended."""
+        path = self.path / "done.json"
+        try:
+            record: dict[str, Any] = json.loads(path.read_text())
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise StateError(f"{path} is damaged ({error}); delete it to redo the stage") from None
+        return record
+
+    def finish(self, record: dict[str, Any]) -> None:
+        """Mark the stage as done; its checkpoint is no longer needed."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path / "done.json", json.dumps(record, indent=1))
+        (self.path / "last.ckpt").unlink(missing_ok=True)

@@ -1,0 +1,137 @@
+"""What a runtime does for edgekd, and the table of runtimes."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from edgekd.errors import StateError, TargetError, describe_invalid, nearest
+from edgekd.network import Network, write_atomically
+from edgekd.target import Target
+
+Precision = Literal["fp32", "int8"]
+Arrays = list[NDArray[np.float32]]
+
+
+class Artifact(BaseModel):
+    """One exported file, or several that belong together, for one target.
+
+    Attributes:
+        path: the file that the runtime opens.
+        sha256: over all files of the artifact, in the order of their names.
+        versions: of the tools that wrote it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    target: str
+    precision: Precision
+    path: Path
+    sha256: str
+    size_bytes: int
+    versions: dict[str, str]
+
+    @staticmethod
+    def of(
+        path: Path, *, target: Target, precision: Precision, versions: dict[str, str]
+    ) -> Artifact:
+        """The artifact whose files share `path`'s stem; writes `artifact.json` beside them."""
+        digest, size = fingerprint(path)
+        artifact = Artifact(
+            target=target.name, precision=precision, path=path, sha256=digest, size_bytes=size,
+            versions=versions,
+        )  # fmt: skip
+        record = artifact.model_dump(mode="json") | {"path": path.name}
+        write_atomically(path.parent / "artifact.json", json.dumps(record, indent=1))
+        return artifact
+
+    @staticmethod
+    def load(folder: str | Path) -> Artifact:
+        """The artifact in `folder`, its files checked against their hash.
+
+        Raises:
+            StateError: no artifact there, or its files have changed.
+        """
+        folder = Path(folder)
+        try:
+            record = json.loads((folder / "artifact.json").read_text())
+            artifact = Artifact(**record | {"path": folder / record["path"]})
+            digest, _ = fingerprint(artifact.path)
+        except FileNotFoundError as error:
+            raise StateError(f"{folder} holds no artifact: {error.filename} is missing") from None
+        except ValidationError as error:
+            raise StateError(
+                f"{folder}/artifact.json: {describe_invalid(error, Artifact)}"
+            ) from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise StateError(f"{folder}/artifact.json is damaged: {error}") from None
+        if digest != artifact.sha256:
+            raise StateError(f"{artifact.path} has changed since it was exported; export it again")
+        return artifact
+
+
+def fingerprint(path: Path) -> tuple[str, int]:
+    """SHA-256 and bytes of `path` and the files beside it with the same stem."""
+    digest, size = hashlib.sha256(), 0
+    path.stat()  # FileNotFoundError names it
+    for file in sorted(path.parent.glob(f"{path.stem}.*")):
+        content = file.read_bytes()
+        digest.update(content)
+        size += len(content)
+    return digest.hexdigest(), size
+
+
+class Session(Protocol):
+    """A loaded artifact.
+
+    Attributes:
+        input_shapes: of one sample, batch axis 1 included.
+    """
+
+    input_shapes: list[tuple[int, ...]]
+
+    def __call__(self, inputs: Arrays) -> Arrays:
+        """Run one batch: arrays of (N, ...) in, arrays out."""
+
+    def integer_share(self) -> tuple[int, int]:
+        """(convolutions and matrix products in integers, all of them) in the graph that runs."""
+
+    def tensors(self, inputs: Arrays, names: list[str]) -> dict[str, NDArray[np.float32]]:
+        """Values of inner tensors by name, as far as the runtime can show them."""
+
+
+class Runtime(Protocol):
+    """One inference runtime."""
+
+    name: str
+    suffix: str
+
+    def version(self) -> str:
+        """Of the installed package; MissingPackage where there is none."""
+
+    def export(self, net: Network, target: Target, path: Path) -> dict[str, str]:
+        """Write `net` to `path` (and files with its stem); return the versions of the tools."""
+
+    def load(self, path: Path, *, threads: int, emulated: bool = False) -> Session:
+        """Open an artifact; `emulated`: as written, without the runtime's optimizations."""
+
+
+RUNTIMES = {
+    "onnxruntime": "edgekd.runtimes.onnxruntime:OnnxRuntime",
+    "openvino": "edgekd.runtimes.openvino:OpenVino",
+}
+
+
+def get_runtime(name: str) -> Runtime:
+    """The runtime of that name."""
+    if name not in RUNTIMES:
+        raise TargetError(f"no runtime {name!r}{nearest(name, RUNTIMES)}")
+    module, _, attribute = RUNTIMES[name].partition(":")
+    runtime: Runtime = getattr(importlib.import_module(module), attribute)()
+    return runtime

@@ -1,0 +1,267 @@
+"""ONNX from a Network: torch's exporter, then small rewrites, one function each."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxscript
+import torch
+from numpy.typing import NDArray
+from torch.fx import GraphModule
+
+from edgekd import __version__
+from edgekd.errors import ModelError, TargetError
+from edgekd.network import Network
+from edgekd.quantization.placement import quantized_activations
+from edgekd.target import Target
+
+MATRIX_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+
+
+def to_onnx(net: Network, target: Target) -> ir.Model:
+    """The network as a model of the target's opset, batch dynamic, rewritten and labelled.
+
+    Raises:
+        TargetError: torch could not give this opset; it names the one it gave.
+        ModelError: an operator has no ONNX form, or a bias does not fit into int32.
+    """
+    wanted = None if net.scheme is None else target.scheme
+    program = net.program(unsigned=wanted is not None and wanted.activation_dtype == "uint8")
+    try:
+        with _quiet():
+            exported = torch.onnx.export(
+                program, dynamo=True, opset_version=target.opset, verbose=False
+            )
+    except torch.onnx.OnnxExporterError as error:
+        raise ModelError(f"{net!r} has no ONNX form: {error}") from error
+    assert exported is not None
+    model = exported.model
+    # the exporter may log a failed down-conversion and go on with another opset
+    if model.opset_imports.get("") != target.opset:
+        raise TargetError(
+            f"{target.name} takes opset {target.opset}; torch's exporter gave "
+            f"{model.opset_imports.get('')} for this network"
+        )
+    _name_ends(model, net)
+    if net.scheme is not None:
+        _name_quantized(model, net)
+    pool_globally(model)
+    pad_in_convolution(model)
+    if wanted is not None and wanted.bias == "int32":
+        integer_bias(model)
+    _drop_unused(model)
+    model.metadata_props.update(_metadata(net, target))
+    return model
+
+
+def save_onnx(model: ir.Model, path: Path) -> dict[str, str]:
+    """Write and check the model; return the versions of the tools."""
+    ir.save(model, path)
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ModelError(f"the exported graph is not valid ONNX: {error}") from error
+    return {
+        "edgekd": __version__,
+        "torch": torch.__version__,
+        "onnx": onnx.__version__,
+        "onnxscript": onnxscript.__version__,
+    }
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's progress lines and its notes on our own operators off the terminal."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _name_ends(model: ir.Model, net: Network) -> None:
+    """Inputs, outputs and the batch axis get the Network's names."""
+    for value, spec in zip(model.graph.inputs, net.io.inputs, strict=True):
+        value.name = spec.name
+        value.shape = ir.Shape(["batch", *spec.shape])
+    for value, name in zip(model.graph.outputs, net.io.outputs, strict=True):
+        value.name = name
+        if value.shape is not None:
+            value.shape = ir.Shape(["batch", *value.shape.dims[1:]])
+
+
+def quantized_name(tensor: str) -> str:
+    """Name in the exported graph of `tensor` behind its quantizer."""
+    return f"quant.{tensor}"
+
+
+def _name_quantized(model: ir.Model, net: Network) -> None:
+    """Call each dequantized activation by the tensor's name in the trained graph."""
+    assert isinstance(net.module, GraphModule)
+    nodes = [node for node in model.graph if node.op_type == "QuantizeLinear"]
+    for node, tensor in zip(nodes, quantized_activations(net.module), strict=True):
+        readers = [n for n in node.outputs[0].consumers() if n.op_type == "DequantizeLinear"]
+        readers[0].outputs[0].name = quantized_name(tensor)
+
+
+def _metadata(net: Network, target: Target) -> dict[str, str]:
+    facts = {
+        "edgekd.version": __version__,
+        "edgekd.target": target.name,
+        "edgekd.labels": json.dumps(net.io.labels),
+    }
+    if net.io.preprocessing is not None:
+        facts["edgekd.preprocessing"] = net.io.preprocessing.model_dump_json()
+    if net.scheme is not None:
+        facts["edgekd.scheme"] = net.scheme.model_dump_json()
+    return facts
+
+
+def constant(value: ir.Value | None) -> NDArray[np.generic] | None:
+    """The array of an initializer or a Constant node, None if the value is computed."""
+    if value is None or value.is_graph_input():
+        return None
+    tensor = ir.convenience.get_const_tensor(value)
+    return None if tensor is None else tensor.numpy()
+
+
+def _producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
+    node = None if value is None else value.producer()
+    return node if node is not None and node.op_type == op_type else None
+
+
+def _new_constant(graph: ir.Graph, name: str, array: NDArray[np.generic]) -> ir.Value:
+    value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
+    value.shape, value.dtype = ir.Shape(array.shape), ir.DataType.from_numpy(array.dtype)
+    graph.register_initializer(value)
+    return value
+
+
+def pool_globally(model: ir.Model) -> int:
+    """ReduceMean over all of H and W becomes GlobalAveragePool, which has integer kernels."""
+    count = 0
+    for node in list(model.graph):
+        if node.op_type != "ReduceMean" or node.inputs[0] is None:
+            continue
+        axes, shape = constant(node.inputs[1]), node.inputs[0].shape
+        if axes is None or shape is None or len(shape) != 4:
+            continue
+        keep = node.attributes.get_int("keepdims", 1)
+        if not keep or sorted(int(a) % 4 for a in axes) != [2, 3]:
+            continue
+        pooled = ir.node("GlobalAveragePool", [node.inputs[0]], name=node.name)
+        ir.convenience.replace_nodes_and_values(
+            model.graph, node, [node], [pooled], node.outputs, pooled.outputs
+        )
+        count += 1
+    return count
+
+
+def pad_in_convolution(model: ir.Model) -> int:
+    """A Pad of zeros over H and W moves into the convolution behind it.
+
+    Integer runtimes have no kernel for the Pad; ONNX convolutions pad each side by itself. With
+    Q/DQ between the two (the same integers as before the Pad, as 0 is one of them), the
+    convolution reads the DQ before the Pad.
+    """
+    count = 0
+    for conv in list(model.graph):
+        if conv.op_type != "Conv":
+            continue
+        dq = _producer(conv.inputs[0], "DequantizeLinear")
+        q = _producer(dq.inputs[0], "QuantizeLinear") if dq else None
+        pad = _producer(q.inputs[0] if q else conv.inputs[0], "Pad")
+        if pad is None or pad.attributes.get_string("mode", "constant") != "constant":
+            continue
+        pads, fill = (
+            constant(pad.inputs[1]),
+            constant(pad.inputs[2] if len(pad.inputs) > 2 else None),
+        )
+        if (
+            pads is None
+            or len(pads) != 8
+            or any(pads[[0, 1, 4, 5]])
+            or (fill is not None and fill.any())
+        ):
+            continue
+        own = conv.attributes.get_ints("pads", (0, 0, 0, 0))
+        added = [int(p) for p in pads[[2, 3, 6, 7]]]
+        conv.attributes["pads"] = ir.AttrInt64s(
+            "pads", [a + b for a, b in zip(own, added, strict=True)]
+        )
+        conv.replace_input_with(0, pad.inputs[0])
+        count += 1
+    return count
+
+
+def integer_bias(model: ir.Model) -> int:
+    """The bias of an integer convolution or Gemm becomes int32 with scale s_x · s_w.
+
+    Raises:
+        ModelError: a bias does not fit into int32 at that scale.
+    """
+    count = 0
+    for node in list(model.graph):
+        if node.op_type not in ("Conv", "Gemm") or len(node.inputs) < 3:
+            continue
+        x = _producer(node.inputs[0], "DequantizeLinear")
+        w = _producer(node.inputs[1], "DequantizeLinear")
+        bias = constant(node.inputs[2])
+        if x is None or w is None or bias is None:
+            continue
+        x_scale, w_scale = constant(x.inputs[1]), constant(w.inputs[1])
+        assert x_scale is not None and w_scale is not None
+        scale = (x_scale * w_scale).astype(np.float32)
+        steps = np.rint(bias / scale)
+        if np.abs(steps).max(initial=0) >= 2**31:
+            channel = int(np.abs(steps).argmax())
+            raise ModelError(
+                f"{node.name}: the bias of channel {channel} is {bias[channel]:g}, which is "
+                f"{steps[channel]:.3g} steps; int32 holds 2^31: quantize with a larger weight scale"
+            )
+        assert node.inputs[2] is not None
+        name = node.inputs[2].name
+        dequantized = ir.node(
+            "DequantizeLinear",
+            [
+                _new_constant(model.graph, f"{name}.int32", steps.astype(np.int32)),
+                _new_constant(model.graph, f"{name}.scale", scale),
+            ],
+            {"axis": 0} if scale.ndim else {},
+        )
+        model.graph.insert_before(node, dequantized)
+        node.replace_input_with(2, dequantized.outputs[0])
+        count += 1
+    return count
+
+
+def _drop_unused(model: ir.Model) -> None:
+    """Nodes and initializers that nothing reads any more."""
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+    RemoveUnusedNodesPass()(model)
+
+
+def integer_matrix_ops(model: onnx.ModelProto) -> tuple[int, int]:
+    """(matrix operators whose input and weight come out of DequantizeLinear, all of them)."""
+    made_by = {name: node.op_type for node in model.graph.node for name in node.output}
+    matrix = [node for node in model.graph.node if node.op_type in MATRIX_OPS]
+    integer = [
+        node
+        for node in matrix
+        if all(made_by.get(name) == "DequantizeLinear" for name in node.input[:2])
+    ]
+    return len(integer), len(matrix)

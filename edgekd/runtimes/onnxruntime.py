@@ -1,0 +1,99 @@
+"""ONNX Runtime on this host's CPU."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from edgekd.errors import StateError
+from edgekd.network import Network
+from edgekd.runtimes.base import Arrays
+from edgekd.runtimes.onnx_graph import integer_matrix_ops, save_onnx, to_onnx
+from edgekd.target import Target
+
+INTEGER_OPS = {
+    "QLinearConv", "ConvInteger", "QGemm", "QLinearMatMul", "MatMulInteger",
+    "MatMulIntegerToFloat", "DynamicQuantizeMatMul",
+}  # fmt: skip
+FLOAT_OPS = {
+    "Conv", "FusedConv", "NhwcFusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul",
+    "FusedMatMul",
+}  # fmt: skip
+
+
+class OnnxRuntime:
+    """The CPU execution provider."""
+
+    name = "onnxruntime"
+    suffix = ".onnx"
+
+    def version(self) -> str:
+        """Of the installed package."""
+        version: str = ort.__version__
+        return version
+
+    def export(self, net: Network, target: Target, path: Path) -> dict[str, str]:
+        """Write one `.onnx` file."""
+        return save_onnx(to_onnx(net, target), path)
+
+    def load(self, path: Path, *, threads: int, emulated: bool = False) -> OrtSession:
+        """Open a model; `emulated` turns all graph optimizations off."""
+        return OrtSession(path.read_bytes(), threads, emulated, str(path))
+
+
+class OrtSession:
+    """One model in one `InferenceSession`."""
+
+    def __init__(self, model: bytes, threads: int, emulated: bool, origin: str) -> None:
+        self._model, self._threads, self._emulated, self._origin = model, threads, emulated, origin
+        self._session = self._open(model, self._options())
+        inputs = self._session.get_inputs()
+        self._inputs = [i.name for i in inputs]
+        self.input_shapes = [(1, *i.shape[1:]) for i in inputs]
+
+    def _options(self) -> ort.SessionOptions:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        if self._emulated:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        return options
+
+    def _open(self, model: bytes, options: ort.SessionOptions) -> ort.InferenceSession:
+        try:
+            return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's own types share no base but this
+            raise StateError(f"ONNX Runtime refuses {self._origin}: {error}") from error
+
+    def __call__(self, inputs: Arrays) -> Arrays:
+        outputs: Arrays = self._session.run(None, dict(zip(self._inputs, inputs, strict=True)))
+        return outputs
+
+    def integer_share(self) -> tuple[int, int]:
+        """Read off the graph as ONNX Runtime rewrote it; emulated: off the Q/DQ file."""
+        if self._emulated:
+            return integer_matrix_ops(onnx.load_from_string(self._model))
+        with tempfile.TemporaryDirectory() as folder:
+            options = self._options()
+            options.optimized_model_filepath = f"{folder}/optimized.onnx"
+            self._open(self._model, options)
+            graph = onnx.load(options.optimized_model_filepath).graph
+        kinds = [node.op_type for node in graph.node]
+        integer = sum(kind in INTEGER_OPS for kind in kinds)
+        return integer, integer + sum(kind in FLOAT_OPS for kind in kinds)
+
+    def tensors(self, inputs: Arrays, names: list[str]) -> dict[str, NDArray[np.float32]]:
+        """Values of inner tensors by name; showing them may keep neighbours from fusing."""
+        model = onnx.load_from_string(self._model)
+        made = {name for node in model.graph.node for name in node.output}
+        shown = [name for name in names if name in made]
+        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in shown)
+        session = self._open(model.SerializeToString(), self._options())
+        values = session.run(shown, dict(zip(self._inputs, inputs, strict=True)))
+        return dict(zip(shown, values, strict=True))

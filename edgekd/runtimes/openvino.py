@@ -1,0 +1,105 @@
+"""OpenVINO on an Intel CPU."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekd.errors import MissingPackage, StateError
+from edgekd.network import Network
+from edgekd.runtimes.base import Arrays
+from edgekd.runtimes.onnx_graph import save_onnx, to_onnx
+from edgekd.target import Target
+
+MATRIX_LAYERS = {
+    "Convolution", "GroupConvolution", "Deconvolution", "FullyConnected", "MatMul",
+}  # fmt: skip
+
+
+def _openvino() -> Any:
+    try:
+        import openvino
+    except ImportError:
+        raise MissingPackage("openvino", "openvino") from None
+    return openvino
+
+
+class OpenVino:
+    """The CPU plugin."""
+
+    name = "openvino"
+    suffix = ".xml"
+
+    def version(self) -> str:
+        """Of the installed package."""
+        version: str = _openvino().__version__
+        return version.partition("-")[0]
+
+    def export(self, net: Network, target: Target, path: Path) -> dict[str, str]:
+        """Write the IR: `.xml` and `.bin`, weights in the types they have."""
+        openvino = _openvino()
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder) / "model.onnx"
+            versions = save_onnx(to_onnx(net, target), source)
+            model = openvino.convert_model(source)
+            openvino.save_model(model, path, compress_to_fp16=False)
+        return versions | {"openvino": self.version()}
+
+    def load(self, path: Path, *, threads: int, emulated: bool = False) -> OpenVinoSession:
+        """Compile an IR; `emulated` is refused: OpenVINO has no such mode."""
+        if emulated:
+            raise StateError(f"{path}: OpenVINO cannot run a model without its optimizations")
+        return OpenVinoSession(path, threads)
+
+
+class OpenVinoSession:
+    """One compiled model."""
+
+    def __init__(self, path: Path, threads: int) -> None:
+        self._openvino = _openvino()
+        self._core = self._openvino.Core()
+        self._threads = threads
+        try:
+            self._model = self._core.read_model(path)
+        except RuntimeError as error:
+            raise StateError(f"OpenVINO refuses {path}: {error}") from error
+        self._compiled = self._compile(self._model)
+        self.input_shapes = [
+            (1, *(d.get_length() for d in list(i.partial_shape)[1:])) for i in self._model.inputs
+        ]
+
+    def _compile(self, model: Any) -> Any:
+        settings = {
+            "INFERENCE_NUM_THREADS": self._threads,
+            "PERFORMANCE_HINT": "LATENCY",
+            # on a CPU with AMX the plugin would otherwise run float layers in bfloat16
+            "INFERENCE_PRECISION_HINT": "f32",
+        }
+        return self._core.compile_model(model, "CPU", settings)
+
+    def __call__(self, inputs: Arrays) -> Arrays:
+        results = self._compiled(list(inputs), share_inputs=True)
+        return [np.array(results[o]) for o in self._compiled.outputs]
+
+    def integer_share(self) -> tuple[int, int]:
+        """Read off the compiled model's runtime information."""
+        integer = total = 0
+        for op in self._compiled.get_runtime_model().get_ordered_ops():
+            info = op.get_rt_info()
+            if info["layerType"].astype(str) in MATRIX_LAYERS:
+                total += 1
+                integer += info["runtimePrecision"].astype(str) in ("i8", "u8")
+        return integer, total
+
+    def tensors(self, inputs: Arrays, names: list[str]) -> dict[str, NDArray[np.float32]]:
+        """Values of inner tensors by name; showing them may keep neighbours from fusing."""
+        model = self._model.clone()
+        known = {name for op in model.get_ordered_ops() for o in op.outputs() for name in o.names}
+        shown = [name for name in names if name in known]
+        model.add_outputs(shown)
+        results = list(self._compile(model)(list(inputs)).values())
+        return dict(zip(shown, map(np.array, results[len(self._model.outputs) :]), strict=True))

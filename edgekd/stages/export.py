@@ -1,0 +1,52 @@
+"""export: one file for one target."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from edgekd.errors import StateError, TargetError
+from edgekd.network import Network
+from edgekd.runtimes.base import Artifact, Precision, get_runtime
+from edgekd.target import Target
+
+
+def export(net: Network, *, target: str | Target, out: str | Path) -> Artifact:
+    """Write `net` as `target` runs it, into the folder `out`, with `artifact.json` beside it.
+
+    A float network gives the FP32 artifact, a quantized one the integer artifact.
+
+    Args:
+        net: float, or quantized for a scheme that fits the target's (equal, or int8 activations
+            that become uint8 without loss).
+        out: the artifact's own folder; made if absent.
+
+    Raises:
+        TargetError: the target has no integers, or wants others than `net` was trained for.
+        ModelError: an operator has no form in the target's format.
+        StateError: `out` holds an artifact of another target or precision.
+    """
+    target = Target.load(target)
+    precision: Precision = "fp32"
+    if net.scheme is not None:
+        precision = "int8"
+        if target.scheme is None:
+            raise TargetError(f"{target.name} runs no integers; export the float network to it")
+        if not net.scheme.fits(target.scheme):
+            raise TargetError(
+                f"this network is quantized as {net.scheme}; {target.name} takes "
+                f"{target.scheme}: quantize with target={target.name!r}"
+            )
+    if precision not in target.precisions:
+        raise TargetError(f"{target.name} runs {', '.join(target.precisions)}, not {precision}")
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "artifact.json").exists():
+        there = Artifact.load(folder)
+        if (there.target, there.precision) != (target.name, precision):
+            raise StateError(
+                f"{folder} holds {there.target} {there.precision}; give each artifact a folder"
+            )
+    runtime = get_runtime(target.runtime)
+    path = folder / f"model{runtime.suffix}"
+    versions = runtime.export(net, target, path)
+    return Artifact.of(path, target=target, precision=precision, versions=versions)

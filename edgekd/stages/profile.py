@@ -1,0 +1,101 @@
+"""profile: the latency of artifacts on the device in question."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from edgekd.errors import TargetError
+from edgekd.latency.measuring import (
+    Measurement,
+    PeakMemory,
+    host_name,
+    time_in_turns,
+    today,
+)
+from edgekd.runtimes.base import Artifact, Arrays, Session, fingerprint, get_runtime
+from edgekd.target import Target, host_instruction_set
+
+
+def profile(
+    artifact: Artifact | str | Path,
+    *,
+    target: str | Target,
+    device: str = "local",
+    runs: int = 300,
+    threads: int = 1,
+) -> Measurement:
+    """Measure one artifact, batch 1.
+
+    Args:
+        artifact: an Artifact, or a path to a file of the target's format.
+        device: "local"; the target must be one whose kernels this host has.
+        runs: at most; fewer where they would take over 20 seconds.
+        threads: of the runtime.
+
+    Raises:
+        TargetError: `device` is not "local", or the target's verifier is not native: a number
+            from this host would not be that device's.
+    """
+    return profile_together([artifact], target=target, device=device, runs=runs, threads=threads)[0]
+
+
+def profile_together(
+    artifacts: Sequence[Artifact | str | Path],
+    *,
+    target: str | Target,
+    device: str = "local",
+    runs: int = 300,
+    threads: int = 1,
+) -> list[Measurement]:
+    """Measure several artifacts in turns, so that their ratios hold on a noisy host."""
+    target = Target.load(target)
+    if device != "local":
+        raise TargetError(f"device {device!r}: only 'local' can be measured by this version")
+    if target.verifier != "native":
+        raise TargetError(
+            f"{target.name} is not this host ({host_name()}): a latency measured here would not "
+            "be that device's. Copy the artifact there and measure it with its runtime"
+        )
+    runtime = get_runtime(target.runtime)
+    paths = [a.path if isinstance(a, Artifact) else Path(a) for a in artifacts]
+    hashes = [fingerprint(path)[0] for path in paths]
+    calls: dict[str, Callable[[], object]] = {}
+    loads: dict[str, tuple[float, float | None]] = {}
+    for path in dict.fromkeys(paths):
+        with PeakMemory() as memory:
+            began = time.perf_counter()
+            session = runtime.load(path, threads=threads)
+            load_ms = (time.perf_counter() - began) * 1e3
+            call = _call(session)
+            call()
+        calls[str(path)] = call
+        loads[str(path)] = load_ms, memory.mib
+    timings = time_in_turns(calls, runs=runs, threads=threads)
+    return [
+        Measurement(
+            **timings[str(path)].model_dump(),
+            target=target.name,
+            sha256=digest,
+            threads=threads,
+            load_ms=loads[str(path)][0],
+            peak_memory_mib=loads[str(path)][1],
+            runtime=runtime.name,
+            runtime_version=runtime.version(),
+            host=host_name(),
+            instruction_set=host_instruction_set(),
+            date=today(),
+            compared=tuple(hashes),
+        )
+        for path, digest in zip(paths, hashes, strict=True)
+    ]
+
+
+def _call(session: Session) -> Callable[[], Arrays]:
+    """One run of batch 1 on fixed random inputs."""
+    random = np.random.default_rng(0)
+    inputs = [random.standard_normal(shape, dtype=np.float32) for shape in session.input_shapes]
+    return lambda: session(inputs)

@@ -1,0 +1,100 @@
+"""quantize: a float network becomes the integers that a target computes with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from edgekd.data.base import BatchSource, Data, evaluation_batches
+from edgekd.errors import ModelError, TargetError
+from edgekd.knowledge.teachers import TeacherLike, as_teacher
+from edgekd.knowledge.terms import learning_terms
+from edgekd.network import Network
+from edgekd.quantization.calibration import calibrate
+from edgekd.quantization.capture import capture
+from edgekd.quantization.fake_quant import Observer
+from edgekd.quantization.placement import place, quantizers
+from edgekd.rundir import RunDir
+from edgekd.target import Target
+from edgekd.tasks.base import Task
+from edgekd.training import fabric, fit
+
+
+def quantize(
+    net: Network,
+    *,
+    target: str | Target,
+    data: BatchSource,
+    teacher: TeacherLike | Sequence[TeacherLike] | None = None,
+    task: Task | None = None,
+    epochs: int = 0,
+    calibration: int = 512,
+    observer: Observer = "mse",
+    alpha: float = 0.9,
+    batch_size: int = 128,
+    lr: float = 0.01,
+    weight_decay: float = 1e-4,
+    seed: int = 0,
+    accelerator: str = "auto",
+    run: RunDir | None = None,
+) -> Network:
+    """A quantized, trainable network for `target`'s scheme.
+
+    `epochs=0`: post-training. Otherwise the graph is trained as the device will compute it, with
+    learnable scales: from labels (`task` only: QAT), from a teacher without labels (`teacher`
+    only), or from both (quantization-aware distillation).
+
+    Args:
+        net: a float network; the capture is in eval mode, so dropout is off in training too.
+        target: a Target or its name; its scheme says what runs in integers.
+        data: a Data, or batches; their inputs calibrate, and train if `epochs`.
+        calibration: samples to set the first scales from.
+        observer: "minmax" or "mse", see `calibrate`.
+
+    Raises:
+        TargetError: the target has no integers.
+        ModelError: `net` is quantized already, cannot be captured, or has nothing to quantize.
+    """
+    target = Target.load(target)
+    if target.scheme is None:
+        raise TargetError(f"{target.name} runs no integers; export the float network to it")
+    if net.scheme is not None:
+        raise ModelError("this network is quantized already; quantize takes the float one")
+    graph = place(capture(net.module, net.io.example(2)), target.scheme)
+    if not quantizers(graph):
+        raise ModelError(
+            f"{net!r} has no operator that {target.name} runs in integers "
+            f"({', '.join(target.scheme.ops)})"
+        )
+    calibrate(graph, _calibration_inputs(data, calibration), observer)
+    student = net.quantized(graph, target.scheme)
+    if epochs:
+        on = fabric(accelerator)
+        ask = None if teacher is None else as_teacher(teacher, on.device)
+        fit(
+            student,
+            terms=learning_terms(task, ask, alpha),
+            data=data,
+            epochs=epochs,
+            batch_size=batch_size,
+            lr=lr,
+            weight_decay=weight_decay,
+            seed=seed,
+            on=on,
+            label="quantized training" if teacher is None else "quantized distilling",
+            run=run,
+        )
+    return student
+
+
+def _calibration_inputs(data: BatchSource, count: int) -> list[Tensor]:
+    """About `count` inputs, (N, ...) in batches, without augmentation."""
+    if isinstance(data, Data):
+        data = data.subset(train=count, test=None)
+    inputs: list[Tensor] = []
+    for batch in evaluation_batches(data, split="train", batch_size=64):
+        inputs.append(batch[0][: count - sum(map(len, inputs))])
+        if sum(map(len, inputs)) >= count:
+            break
+    return inputs

@@ -1,0 +1,233 @@
+"""verify: is the artifact what was trained?"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+from torch.fx import GraphModule
+
+from edgekd.data.base import BatchSource, evaluation_batches
+from edgekd.errors import DataError, MissingPackage
+from edgekd.network import Network
+from edgekd.quantization.fake_quant import FakeQuant
+from edgekd.reporting.progress import Progress
+from edgekd.runtimes.base import Arrays, Artifact, Precision, Session, get_runtime
+from edgekd.runtimes.onnx_graph import quantized_name
+from edgekd.target import Target
+from edgekd.tasks.base import Score, Task, top1_agreement
+
+Gate = Literal["passed", "failed", "unchecked"]
+
+
+class TensorDifference(BaseModel):
+    """How far one inner tensor of the artifact is from the trained network's, in its steps."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    tensor: str
+    mean_steps: float
+    max_steps: float
+
+
+class Parity(BaseModel):
+    """Figures of an artifact against the Network it came from, and the gate.
+
+    Attributes:
+        verifier: "native": the device's kernels ran; "emulated": ONNX Runtime without
+            optimizations ran; None if nothing could run.
+        agreement: share of samples with the same answer.
+        max_steps, mean_steps: difference of outputs in steps; a step is the scale of the
+            output's quantizer, or amax / 127 where the output is float. INT8 only.
+        relative_error: largest difference of outputs over their largest magnitude. FP32 only.
+        metric: of the artifact itself; reference_metric: of the Network.
+        integer_share: matrix operators in integers over all of them. INT8 only.
+        gate: "passed" only if every check that was asked for ran and held.
+        reasons: why the gate is failed or unchecked.
+        worst_tensors: of a failed INT8 artifact, inner tensors by their difference.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    target: str
+    precision: Precision
+    verifier: Literal["native", "emulated"] | None
+    n: int = 0
+    agreement: float | None = None
+    max_steps: float | None = None
+    mean_steps: float | None = None
+    relative_error: float | None = None
+    metric: Score | None = None
+    reference_metric: Score | None = None
+    integer_share: float | None = None
+    gate: Gate
+    reasons: tuple[str, ...] = ()
+    worst_tensors: tuple[TensorDifference, ...] = ()
+
+
+def verify(
+    artifact: Artifact,
+    net: Network,
+    *,
+    data: BatchSource,
+    task: Task | None = None,
+    agreement: float = 0.995,
+    metric_gap: float = 0.001,
+    integer_share: float = 1.0,
+) -> Parity:
+    """Run the artifact and the Network over the whole test split and compare.
+
+    Args:
+        task: its agreement and its metric; without one, outputs of (N, K) are compared by their
+            largest score and no metric is asked for.
+        agreement: least share of samples with the same answer.
+        metric_gap: largest difference of the metric, as a share of 1.
+        integer_share: least share of integer matrix operators, for an INT8 artifact.
+    """
+    target = Target.load(artifact.target)
+    emulated = target.verifier == "emulated"
+    common: dict[str, Any] = {"target": target.name, "precision": artifact.precision}
+    try:
+        runtime = get_runtime("onnxruntime" if emulated else target.runtime)
+        session = runtime.load(artifact.path, threads=torch.get_num_threads(), emulated=emulated)
+    except MissingPackage as error:
+        return Parity(**common, verifier=None, gate="unchecked", reasons=(str(error),))
+
+    theirs, ours, targets, first = _run_both(session, net, data)
+    figures: dict[str, Any] = {"n": len(ours[0])}
+    failed: list[str] = []
+    unchecked: list[str] = []
+    if not all(np.isfinite(t).all() for t in theirs):
+        failed.append("the artifact's outputs are not finite")
+    compare = _agreement(task, theirs, ours)
+    if compare is None:
+        unchecked.append("agreement: outputs are not (N, K) scores; give a task")
+    else:
+        figures["agreement"] = compare
+        if compare < agreement:
+            failed.append(f"agreement {compare:.2%} is below {agreement:.2%}")
+    if task is not None:
+        if not targets:
+            unchecked.append("metric: the data has no labels")
+        else:
+            score = task.score(_as_outputs(theirs), targets)
+            reference = task.score(_as_outputs(ours), targets)
+            figures |= {"metric": score, "reference_metric": reference}
+            if abs(score.value - reference.value) > metric_gap + 1e-12:
+                failed.append(
+                    f"{task.metric_name} {score.value:.2%} is more than {100 * metric_gap:g} "
+                    f"points from the trained network's {reference.value:.2%}"
+                )
+    if artifact.precision == "int8":
+        difference = [np.abs(a - b) / _step(b, net) for a, b in zip(theirs, ours, strict=True)]
+        figures["max_steps"] = max(float(d.max()) for d in difference)
+        figures["mean_steps"] = float(np.mean([d.mean() for d in difference]))
+        integer, total = session.integer_share()
+        figures["integer_share"] = share = integer / max(1, total)
+        if share < integer_share:
+            failed.append(f"{integer} of {total} matrix operators run in integers")
+    else:
+        figures["relative_error"] = max(
+            float(np.abs(a - b).max() / max(float(np.abs(b).max()), 1e-30))
+            for a, b in zip(theirs, ours, strict=True)
+        )
+    gate: Gate = "failed" if failed else "unchecked" if unchecked else "passed"
+    if failed and artifact.precision == "int8":
+        figures["worst_tensors"] = rank_tensors(session, net, first)
+    return Parity(
+        **common, **figures, verifier=target.verifier, gate=gate,
+        reasons=(*failed, *unchecked),
+    )  # fmt: skip
+
+
+def _run_both(
+    session: Session, net: Network, data: BatchSource
+) -> tuple[Arrays, Arrays, tuple[Tensor, ...], Tensor]:
+    """(artifact's outputs, network's outputs, targets, first batch), whole split each."""
+    theirs: list[Arrays] = []
+    ours: list[Arrays] = []
+    targets: list[tuple[Tensor, ...]] = []
+    first: Tensor | None = None
+    net.train_mode(False)
+    with torch.no_grad(), Progress("verifying", None) as progress:
+        for batch in evaluation_batches(data):
+            first = batch[0] if first is None else first
+            ours.append(_as_arrays(net(batch[0])))
+            theirs.append(session([batch[0].numpy()]))
+            targets.append(batch[1:])
+            progress.advance()
+    if first is None:
+        raise DataError("no samples to verify with: the data gave no batch")
+
+    def joined(parts: list[Arrays]) -> Arrays:
+        return [np.concatenate(p) for p in zip(*parts, strict=True)]
+
+    whole_targets = tuple(torch.cat(t) for t in zip(*targets, strict=True))
+    return joined(theirs), joined(ours), whole_targets, first
+
+
+def _as_arrays(outputs: Any) -> Arrays:
+    if isinstance(outputs, Tensor):
+        outputs = [outputs]
+    elif isinstance(outputs, dict):
+        outputs = outputs.values()
+    return [o.numpy() for o in outputs]
+
+
+def _as_outputs(arrays: Arrays) -> Any:
+    tensors = tuple(torch.from_numpy(a) for a in arrays)
+    return tensors[0] if len(tensors) == 1 else tensors
+
+
+def _agreement(task: Task | None, a: Arrays, b: Arrays) -> float | None:
+    if task is not None:
+        return task.agreement(_as_outputs(a), _as_outputs(b))
+    if len(a) == 1 and a[0].ndim == 2:
+        return top1_agreement(_as_outputs(a), _as_outputs(b))
+    return None
+
+
+def _step(output: NDArray[np.float32], net: Network) -> float:
+    """The scale of a single quantized output's quantizer, else amax / 127."""
+    assert isinstance(net.module, GraphModule)
+    *_, last = net.module.graph.nodes
+    ends = last.args[0] if isinstance(last.args[0], (tuple, list)) else [last.args[0]]
+    if len(ends) == 1 and ends[0].op == "call_module":
+        quantizer = net.module.get_submodule(str(ends[0].target))
+        if isinstance(quantizer, FakeQuant):
+            return float(quantizer.scale)
+    return max(float(np.abs(output).max()), 1e-30) / 127
+
+
+def rank_tensors(session: Session, net: Network, x: Tensor) -> tuple[TensorDifference, ...]:
+    """Quantized activations of `net` on the batch `x`, the most different one first."""
+    assert isinstance(net.module, GraphModule)
+    values: dict[str, tuple[Tensor, float]] = {}
+    handles = []
+    for node in net.module.graph.nodes:
+        if node.op == "call_module" and node.args[0].op != "get_attr":
+            quantizer = net.module.get_submodule(str(node.target))
+            assert isinstance(quantizer, FakeQuant)
+
+            def keep(module: FakeQuant, _: Any, out: Tensor, name: str = node.args[0].name) -> None:
+                values[quantized_name(name)] = out, float(module.scale)
+
+            handles.append(quantizer.register_forward_hook(keep))
+    try:
+        with torch.no_grad():
+            net(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    shown = session.tensors([x.numpy()], list(values))
+    ranked = []
+    for name, array in shown.items():
+        steps = np.abs(array - values[name][0].numpy()) / values[name][1]
+        ranked.append(
+            TensorDifference(
+                tensor=name, mean_steps=float(steps.mean()), max_steps=float(steps.max())
+            )
+        )
+    return tuple(sorted(ranked, key=lambda d: d.mean_steps, reverse=True))

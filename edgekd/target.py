@@ -1,0 +1,148 @@
+"""What a device accepts: one TOML file in `targets/`, no Python."""
+
+from __future__ import annotations
+
+import os
+import platform
+import tomllib
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from edgekd.errors import TargetError, describe_invalid, nearest
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class QuantScheme(_Frozen):
+    """How a device wants its integers.
+
+    Attributes:
+        activation_dtype: integer type of activations in the exported file.
+        activation_symmetric: zero point 0 (int8 only).
+        weight_bits: 8, or 7 where the device's 8-bit kernels saturate; stored as int8.
+        weight_granularity: one scale per output channel, or per tensor.
+        bias: "int32" (scale = input scale · weight scale) or "float".
+        add_inputs: which inputs of a residual Add are quantized.
+        outputs: whether the output of an integer operator is quantized too.
+        ops: the operators that run in integers; the others stay in float.
+    """
+
+    activation_dtype: Literal["uint8", "int8"]
+    activation_symmetric: bool
+    weight_bits: Literal[7, 8]
+    weight_granularity: Literal["channel", "tensor"]
+    bias: Literal["int32", "float"]
+    add_inputs: Literal["both"]
+    outputs: bool
+    ops: tuple[Literal["conv", "linear", "add", "concat", "pool"], ...]
+
+    def fits(self, other: QuantScheme) -> bool:
+        """Whether a network trained for this scheme can be exported to `other` without loss.
+
+        Equal, or S8 → U8 activations: the zero points move by 128, nothing else changes.
+        """
+        shifted = self.model_copy(update={"activation_dtype": "uint8"})
+        return self == other or (not self.activation_symmetric and shifted == other)
+
+
+class Source(_Frozen):
+    """Where a figure comes from."""
+
+    fact: str
+    url: str
+
+
+class ChannelMultiple(_Frozen):
+    """Widths that the device's kernels like; `source` is "default" where none is known."""
+
+    value: int
+    source: str
+
+
+class Target(_Frozen):
+    """One device and the runtime on it.
+
+    Attributes:
+        runtime: key of the table of runtimes ("onnxruntime", "openvino").
+        verifier: "native": this host has the device's kernels; "emulated": it has not, and the
+            artifact is run in ONNX Runtime with optimizations off.
+        precisions: what the device runs, the preferred one last.
+    """
+
+    name: str
+    title: str
+    runtime: str
+    runtime_version: str
+    opset: int
+    verifier: Literal["native", "emulated"]
+    precisions: tuple[Literal["fp32", "int8"], ...]
+    channel_multiple: ChannelMultiple
+    scheme: QuantScheme | None = None
+    source: tuple[Source, ...] = ()
+
+    @staticmethod
+    def load(name: str | Target) -> Target:
+        """The target of that name: `$EDGEKD_HOME/targets` first, then the shipped ones.
+
+        Raises:
+            TargetError: no such target (the nearest name is given), or its file is invalid.
+        """
+        if isinstance(name, Target):
+            return name
+        for folder in _folders("targets"):
+            path = folder / f"{name}.toml"
+            if path.is_file() and name == path.stem:
+                return _read(path)
+        raise TargetError(f"no target {name!r}{nearest(name, target_names())}")
+
+
+def target_names() -> list[str]:
+    """Names of all targets, shipped and the user's own."""
+    return sorted({p.stem for folder in _folders("targets") for p in folder.glob("*.toml")})
+
+
+def _folders(kind: Literal["targets", "profiles"]) -> list[Path]:
+    """Where `kind` is looked for: the user's folder, the wheel's data, the repository."""
+    package = Path(__file__).parent
+    candidates = [package / "_data" / kind, package.parent / kind]
+    if home := os.environ.get("EDGEKD_HOME"):
+        candidates.insert(0, Path(home) / kind)
+    return [c for c in candidates if c.is_dir()]
+
+
+def _read(path: Path) -> Target:
+    try:
+        values: dict[str, Any] = tomllib.loads(path.read_text())
+        target = Target(**values)
+    except tomllib.TOMLDecodeError as error:
+        raise TargetError(f"{path}: not valid TOML: {error}") from None
+    except ValidationError as error:
+        raise TargetError(f"{path}: {describe_invalid(error, Target)}") from None
+    if target.name != path.stem:
+        raise TargetError(f"{path}: name is {target.name!r}; it must be the file's: {path.stem!r}")
+    if ("int8" in target.precisions) != (target.scheme is not None):
+        raise TargetError(f"{path}: a [scheme] goes with 'int8' in precisions; give both or none")
+    return target
+
+
+@cache
+def host_instruction_set() -> str:
+    """The widest integer instructions of this CPU: "amx", "avx512_vnni", "avx2", "neon", ...
+
+    It decides which kernels a native check runs on, so it is part of an export's key.
+    """
+    if platform.machine() in ("aarch64", "arm64"):
+        return "neon"
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.machine() or "unknown"
+    flags = set(next((x for x in text.splitlines() if x.startswith("flags")), "").split())
+    order = {"amx_int8": "amx", "avx512_vnni": "avx512_vnni", "avx_vnni": "avx_vnni"}
+    wide = [name for flag, name in order.items() if flag in flags]
+    return (wide + [f for f in ("avx512f", "avx2") if f in flags] + ["x86"])[0]

@@ -1,0 +1,43 @@
+"""Image classification: one tensor of scores (N, K), one label each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from edgekd.knowledge.response import Response
+from edgekd.tasks.base import Score, top1_agreement, wilson_interval
+
+
+@dataclass(frozen=True)
+class Classification:
+    """Cross-entropy against labels, tempered KL against a teacher, top-1 accuracy.
+
+    Args:
+        temperature: of the distillation term.
+        label_smoothing: share of the label's mass spread over all classes, 0 to 1.
+    """
+
+    temperature: float = 4.0
+    label_smoothing: float = 0.0
+    metric_name: str = "top-1 accuracy"
+
+    def loss(self, outputs: Tensor, targets: tuple[Tensor, ...]) -> Tensor:
+        """Cross-entropy of (N, K) scores and (N,) labels."""
+        return F.cross_entropy(outputs, targets[0], label_smoothing=self.label_smoothing)
+
+    def distillation(self, outputs: Tensor, teacher_outputs: Tensor) -> Tensor:
+        """Tempered KL of (N, K) scores."""
+        loss: Tensor = Response(self.temperature)(outputs, teacher_outputs)
+        return loss
+
+    def score(self, outputs: Tensor, targets: tuple[Tensor, ...]) -> Score:
+        """Top-1 accuracy with its Wilson interval."""
+        hits, n = int((outputs.argmax(1) == targets[0]).sum()), len(outputs)
+        return Score(value=hits / n, ci95=wilson_interval(hits, n), n=n)
+
+    def agreement(self, a: Tensor, b: Tensor) -> float:
+        """Share of samples with the same top-1 class."""
+        return top1_agreement(a, b)

@@ -1,0 +1,202 @@
+"""The one training loop, on Lightning Fabric.
+
+Everything random is a function of (seed, step), so a run that was killed and started again from
+its checkpoint ends in the same weights as one that was not; on a CPU, bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor
+
+from edgekd.data.base import BatchSource, evaluation_batches, train_steps, training_batches
+from edgekd.errors import TrainingError
+from edgekd.network import Network
+from edgekd.reporting.progress import Progress
+from edgekd.rundir import RunDir
+from edgekd.tasks.base import Score, Task
+
+CHECKPOINT_SECONDS = 20.0
+WARM_UP = 0.05  # share of the run in which the learning rate rises from 0
+
+# (batch, outputs) -> name of the term -> its share of the loss
+Terms = Callable[[tuple[Tensor, ...], Any], dict[str, Tensor]]
+
+
+def fabric(accelerator: str = "auto") -> Fabric:
+    """One device, or what `fabric run --devices N` started this process for."""
+    launched = os.environ.get("LT_CLI_USED")
+    made = Fabric(accelerator=accelerator, devices="auto" if launched else 1)
+    made.launch()
+    return made
+
+
+def fit(
+    net: Network,
+    *,
+    terms: Terms,
+    data: BatchSource,
+    epochs: int,
+    batch_size: int,
+    lr: float,
+    weight_decay: float,
+    seed: int,
+    on: Fabric,
+    label: str,
+    run: RunDir | None,
+) -> None:
+    """Train `net` in place: SGD with Nesterov momentum, warm-up, cosine to zero.
+
+    Args:
+        terms: from a batch and the outputs to the weighted terms of the loss.
+        epochs: passes over `data`.
+        lr: the highest learning rate, for a batch of `batch_size`.
+        weight_decay: of weights; not of biases, normalisation and quantizers.
+        label: what the progress bar says.
+        run: where the log and the checkpoint go; None writes nothing.
+
+    Raises:
+        TrainingError: the loss is not finite; the last checkpoint is from before.
+    """
+    net.module.to(on.device)
+    optimizer = _optimizer(net, lr, weight_decay)
+    state = run.load_checkpoint() if run else None
+    step = 0
+    if state is not None:
+        step = int(state["step"])
+        net.load_state(state["net"], "last.ckpt")
+        optimizer.load_state_dict(state["optimizer"])
+    module = on.setup_module(net.module)
+    optimizer = on.setup_optimizers(optimizer)
+
+    def checkpoint() -> None:
+        if run and on.is_global_zero:
+            weights = {name: t.detach().cpu() for name, t in net.state().items()}
+            run.save_checkpoint({"step": step, "net": weights, "optimizer": optimizer.state_dict()})
+
+    steps = train_steps(data, batch_size)
+    saved_at = time.monotonic()
+    first_epoch, start = divmod(step, steps) if steps else (step, 0)
+    finite_step = step
+    net.train_mode(True)
+    with Progress(label, None if steps is None else steps * epochs, done=step) as progress:
+        for epoch in range(first_epoch, epochs):
+            sums: dict[str, Tensor] = {}
+            count = 0
+            batches = training_batches(
+                data, batch_size=batch_size, seed=seed, epoch=epoch, start=start
+            )
+            for index, batch in enumerate(batches, start):
+                share = (epoch + (index / steps if steps else 0.0)) / epochs
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * _schedule(share)
+                torch.manual_seed(seed * 1_000_003 + epoch * 100_003 + index)
+                batch = tuple(t[on.global_rank :: on.world_size].to(on.device) for t in batch)
+                values = terms(batch, module(batch[0]))
+                loss = torch.stack(list(values.values())).sum()
+                optimizer.zero_grad()
+                on.backward(loss)
+                optimizer.step()
+                count += 1
+                for name, value in values.items():
+                    sums[name] = sums.get(name, 0.0) + value.detach()
+                progress.advance(f"epoch {epoch + 1}/{epochs}", loss)
+                if steps:
+                    step = epoch * steps + index + 1
+                    if time.monotonic() - saved_at > CHECKPOINT_SECONDS and index + 1 < steps:
+                        finite_step = _check_finite(sums, lr, label, epoch, finite_step, step)
+                        checkpoint()
+                        saved_at = time.monotonic()
+            if not steps:
+                step = epoch + 1
+            finite_step = _check_finite(sums, lr, label, epoch, finite_step, step)
+            start = 0
+            if run and on.is_global_zero:
+                means = {name: float(total) / count for name, total in sums.items()}
+                run.log({"step": step, "epoch": epoch + 1, **means})
+            checkpoint()
+            saved_at = time.monotonic()
+    net.module.to("cpu")
+    net.train_mode(False)
+
+
+def _optimizer(net: Network, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    decayed, free = [], []
+    for name, tensor in net.state().items():
+        if isinstance(tensor, torch.nn.Parameter) and tensor.requires_grad:
+            plain = tensor.dim() < 2 or name.startswith("quant.")
+            (free if plain else decayed).append(tensor)
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": free, "weight_decay": 0.0},
+    ]
+    return torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True)
+
+
+def _schedule(share: float) -> float:
+    """Linear warm-up, then half a cosine; `share` of the run that is behind, 0 to 1."""
+    if share < WARM_UP:
+        return (share + 1e-3) / WARM_UP
+    return 0.5 * (1 + math.cos(math.pi * (share - WARM_UP) / (1 - WARM_UP)))
+
+
+def _check_finite(
+    sums: dict[str, Tensor], lr: float, label: str, epoch: int, good: int, step: int
+) -> int:
+    bad = [name for name, total in sums.items() if not torch.isfinite(total)]
+    if bad:
+        raise TrainingError(
+            f"{label}: the loss ({', '.join(bad)}) is not finite in epoch {epoch + 1}, between "
+            f"steps {good} and {step}; lr is {lr}: try {lr / 10:g}, and check the data for NaN. "
+            f"The checkpoint of step {good} is intact"
+        )
+    return step
+
+
+def predict(
+    net: Network, data: BatchSource, *, on: Fabric, label: str | None = None
+) -> Iterator[tuple[Any, tuple[Tensor, ...]]]:
+    """(outputs, targets) of each batch of the test split, on the CPU, in eval mode."""
+    net.module.to(on.device)
+    net.train_mode(False)
+    with torch.no_grad():
+        for batch in evaluation_batches(data):
+            outputs = net(batch[0].to(on.device))
+            yield _to_cpu(outputs), batch[1:]
+    net.module.to("cpu")
+
+
+def evaluate(net: Network, *, task: Task, data: BatchSource, on: Fabric) -> Score:
+    """The task's metric of `net` over the whole test split."""
+    outputs, targets = gather(predict(net, data, on=on))
+    return task.score(outputs, targets)
+
+
+def gather(pairs: Iterator[tuple[Any, tuple[Tensor, ...]]]) -> tuple[Any, tuple[Tensor, ...]]:
+    """All outputs in one, and all targets in one, along the batch axis."""
+    outputs, targets = zip(*pairs, strict=True)
+    return _concatenate(outputs), tuple(torch.cat(t) for t in zip(*targets, strict=True))
+
+
+def _to_cpu(outputs: Any) -> Any:
+    if isinstance(outputs, Tensor):
+        return outputs.cpu()
+    if isinstance(outputs, dict):
+        return {name: value.cpu() for name, value in outputs.items()}
+    return tuple(value.cpu() for value in outputs)
+
+
+def _concatenate(outputs: tuple[Any, ...]) -> Any:
+    first = outputs[0]
+    if isinstance(first, Tensor):
+        return torch.cat(outputs)
+    if isinstance(first, dict):
+        return {name: torch.cat([o[name] for o in outputs]) for name in first}
+    return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
