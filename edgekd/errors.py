@@ -9,7 +9,7 @@ EdgekdError
 ├── TargetError      a target that is unknown, or that cannot hold this network
 ├── TrainingError    training that cannot go on (a loss that is not finite)
 ├── StateError       a run folder or a saved network that does not fit
-└── MissingPackage   an optional package; names the extra that brings it
+└── MissingPackageError  an optional package; names the extra that brings it
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class StateError(EdgekdError):
     """A run folder or a saved network that does not fit."""
 
 
-class MissingPackage(EdgekdError):
+class MissingPackageError(EdgekdError):
     """An optional package is not installed."""
 
     def __init__(self, package: str, extra: str) -> None:

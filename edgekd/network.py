@@ -278,7 +278,7 @@ class Network:
         tensors = {name: t.detach().cpu().contiguous().clone() for name, t in self.state().items()}
         temporary = folder / f".weights.{os.getpid()}"
         save_file(tensors, temporary)
-        os.replace(temporary, folder / "weights.safetensors")
+        temporary.replace(folder / "weights.safetensors")
         write_atomically(folder / "spec.json", json.dumps(spec, indent=1))
 
     @staticmethod
@@ -360,4 +360,4 @@ def write_atomically(path: Path, text: str) -> None:
     """Write beside `path`, then rename: a reader sees the old text or the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text)
-    os.replace(temporary, path)
+    temporary.replace(path)

@@ -30,7 +30,7 @@ from edgekd.data.base import Data
 from edgekd.data.readers import read_data
 from edgekd.errors import RecipeError, StateError
 from edgekd.latency.measuring import Measurement, host_name
-from edgekd.models.build import Build, build_module, load_weights
+from edgekd.models.build import build_module, load_weights
 from edgekd.network import Network, write_atomically
 from edgekd.recipe import Recipe, StudentSection
 from edgekd.reporting.progress import console
@@ -251,7 +251,8 @@ class _Run:
         if target.verifier == "native" and all(parity.verifier for _, _, parity in done):
             beside = self._exported(target, teacher, checked=False)
             folders = [folder for folder, _, _ in (*done, beside)]
-            *measured, of_teacher = self._measured(target, folders)  # type: ignore[list-item]
+            *of_artifacts, of_teacher = self._measured(target, folders)
+            measured = list(of_artifacts)
             latencies = [Latency(target=target.name, latency_p50_ms=of_teacher.p50_ms)]
         ships, why = _choose(target, [parity for _, _, parity in done], measured)
         rows = []

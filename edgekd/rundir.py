@@ -51,7 +51,7 @@ class RunDir:
         temporary = self.path / f".last.ckpt.{os.getpid()}"
         try:
             torch.save(state, temporary)
-            os.replace(temporary, self.path / "last.ckpt")
+            temporary.replace(self.path / "last.ckpt")
         finally:
             temporary.unlink(missing_ok=True)
 

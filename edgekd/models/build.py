@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from edgekd.errors import MissingPackage, ModelError, nearest
+from edgekd.errors import MissingPackageError, ModelError, nearest
 from edgekd.models.resnet import resnet
 
 FAMILIES = {"edgekd/resnet": resnet}
@@ -68,7 +68,7 @@ def _factory(name: str, *, trust: bool, origin: str) -> Any:
         try:
             import timm
         except ImportError:
-            raise MissingPackage("timm", "timm") from None
+            raise MissingPackageError("timm", "timm") from None
         if not timm.is_model(model):
             raise ModelError(f"{origin}: no model {name!r}{nearest(model, timm.list_models())}")
         return lambda **kwargs: timm.create_model(model, **kwargs)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
 from edgekd.errors import DataError
-from edgekd.quantization.capture import WEIGHTED
+from edgekd.quantization.capture import WEIGHTED, arguments, tensor_of
 from edgekd.quantization.fake_quant import FakeQuant, Observer
 from edgekd.quantization.placement import quantizers
 from edgekd.reporting.progress import Progress
@@ -29,7 +29,9 @@ def calibrate(graph: GraphModule, batches: Sequence[Tensor], observer: Observer)
     """
     if not batches:
         raise DataError("no samples to calibrate with: the data gave no batch")
-    modes = ("range", "error") if observer == "mse" else ("range",)
+    modes: list[Literal["range", "error"]] = ["range"]
+    if observer == "mse":
+        modes.append("error")
     with torch.no_grad(), Progress("calibrating", len(modes) * len(batches)) as progress:
         for mode in modes:
             for quantizer in quantizers(graph).values():
@@ -49,12 +51,13 @@ def floor_weight_scales(graph: GraphModule) -> None:
     scale of its weights alone the bias would overflow.
     """
     for node in graph.graph.nodes:
-        if node.target not in WEIGHTED or len(node.args) < 3 or node.args[2] is None:
+        args = arguments(node)
+        if node.target not in WEIGHTED or len(args) < 3:
             continue
-        x, weight = (_quantizer(graph, n) for n in node.args[:2])
-        if x is None or weight is None:
+        x, weight = (_quantizer(graph, n) for n in args[:2])
+        bias = tensor_of(graph, args[2])
+        if x is None or weight is None or bias is None:
             continue
-        bias = operator.attrgetter(str(node.args[2].target))(graph)
         with torch.no_grad():
             floor = bias.abs() / (x.scale * 2**30)
             floor = floor if weight.scale.dim() else floor.amax()

@@ -52,6 +52,20 @@ WEIGHTED = {
 }
 
 
+def arguments(node: Node) -> tuple[Any, ...]:
+    """`node.args`, without the union of types that makes them unusable to a type checker."""
+    return tuple(node.args)
+
+
+def tensor_of(graph_module: GraphModule, node: Node | None) -> Tensor | None:
+    """The parameter or buffer that a get_attr node reads."""
+    if node is None:
+        return None
+    tensor = operator.attrgetter(str(node.target))(graph_module)
+    assert isinstance(tensor, Tensor)
+    return tensor
+
+
 def capture(module: nn.Module, example_inputs: Sequence[Tensor]) -> GraphModule:
     """Capture `module` with a dynamic batch and fold its BatchNorms.
 
@@ -138,9 +152,9 @@ def fold_batchnorm(graph_module: GraphModule) -> int:
         layer = bn.args[0]
         if layer.target not in WEIGHTED or len(layer.users) > 1 or len(layer.args[1].users) > 1:
             continue
-        gamma, beta, mean, var = (_tensor(graph_module, n) for n in bn.args[1:5])
-        weight = _tensor(graph_module, layer.args[1])
-        bias = _tensor(graph_module, layer.args[2]) if len(layer.args) > 2 else None
+        gamma, beta, mean, var = (tensor_of(graph_module, n) for n in bn.args[1:5])
+        weight = tensor_of(graph_module, layer.args[1])
+        bias = tensor_of(graph_module, layer.args[2]) if len(layer.args) > 2 else None
         assert weight is not None and mean is not None and var is not None
         # float64: rounding twice in float32 would show up as a step of the integers later
         factor = (var.double() + bn.args[7]).rsqrt()
@@ -167,14 +181,6 @@ def fold_batchnorm(graph_module: GraphModule) -> int:
     graph_module.graph.eliminate_dead_code()
     _drop_unused_tensors(graph_module)
     return folded
-
-
-def _tensor(graph_module: GraphModule, node: Node | None) -> Tensor | None:
-    if node is None:
-        return None
-    tensor = operator.attrgetter(str(node.target))(graph_module)
-    assert isinstance(tensor, Tensor)
-    return tensor
 
 
 def _drop_unused_tensors(graph_module: GraphModule) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-import operator
 
 import torch
 from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
+from edgekd.quantization.capture import arguments, tensor_of
 from edgekd.quantization.fake_quant import FakeQuant
 
 
@@ -28,8 +28,10 @@ def convert(graph_module: GraphModule, *, unsigned: bool = False) -> GraphModule
                 continue
             quantizer = converted.get_submodule(str(node.target))
             assert isinstance(quantizer, FakeQuant)
-            if node.args[0].op == "get_attr":
-                weight = operator.attrgetter(str(node.args[0].target))(converted)
+            source = arguments(node)[0]
+            if source.op == "get_attr":
+                weight = tensor_of(converted, source)
+                assert weight is not None
                 weight.copy_(quantizer(weight))
             elif unsigned and quantizer.dtype is torch.int8:
                 quantizer.to_unsigned()

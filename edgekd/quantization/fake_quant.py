@@ -31,7 +31,7 @@ class _LearnedStep(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, axis: int
     ) -> Tensor:
         if scale.dim():
@@ -49,7 +49,8 @@ class _LearnedStep(torch.autograd.Function):
         # N counts the features of one sample, or the weights of one channel.
         count = x.numel() // (scale.numel() if scale.dim() else max(1, x.shape[0]))
         ctx.gradient_scale = (max(1, count) * max(1, high)) ** -0.5
-        return y
+        result: Tensor = y
+        return result
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -62,10 +63,17 @@ class _LearnedStep(torch.autograd.Function):
                 other = [d for d in range(x.dim()) if d != ctx.axis]
                 ds = ((dy * y).sum(other) - (dx * x).sum(other)) / scale
             else:
-                flat_dy, flat_y, flat_dx, flat_x = (t.reshape(-1) for t in (dy, y, dx, x))
-                ds = (torch.dot(flat_dy, flat_y) - torch.dot(flat_dx, flat_x)) / scale
+                ds = (_dot(dy, y) - _dot(dx, x)) / scale
             ds = ds * ctx.gradient_scale
         return dx, ds, None, None, None, None
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """⟨a, b⟩ without a copy where both are channels-last, as they are in training."""
+    if a.dim() == 4:
+        a, b = a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)
+    product: Tensor = torch.dot(a.reshape(-1), b.reshape(-1))
+    return product
 
 
 class FakeQuant(FakeQuantizeBase):  # type: ignore[misc]  # torchao ships no types
@@ -98,7 +106,8 @@ class FakeQuant(FakeQuantizeBase):  # type: ignore[misc]  # torchao ships no typ
         self.symmetric = symmetric
         self.quant_min, self.quant_max = info.min, info.max
         amax = 2 ** (bits - 1) - 1
-        self.low, self.high = (-amax, amax) if symmetric else (info.min, info.max)
+        self.low: int = -amax if symmetric else info.min
+        self.high: int = amax if symmetric else info.max
         self.ch_axis = ch_axis
         self.qscheme = torch.per_tensor_affine if channels is None else torch.per_channel_symmetric
         self.max_value = max_value
@@ -111,6 +120,7 @@ class FakeQuant(FakeQuantizeBase):  # type: ignore[misc]  # torchao ships no typ
         self._error: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        """x̂ of x's shape; while calibrating, x itself."""
         if self.mode == "quantize":
             if torch.is_grad_enabled() and self.scale.requires_grad:
                 self._bound_scale()
@@ -139,7 +149,8 @@ class FakeQuant(FakeQuantizeBase):  # type: ignore[misc]  # torchao ships no typ
 
     def _observe_range(self, x: Tensor) -> None:
         rows = self._channels_first(x)
-        low, high = rows.amin(1).clamp(max=0), rows.amax(1).clamp(min=0)
+        low: Tensor = rows.amin(1).clamp(max=0)
+        high: Tensor = rows.amax(1).clamp(min=0)
         if self._range is not None:
             low, high = torch.minimum(low, self._range[0]), torch.maximum(high, self._range[1])
         self._range = (low, high)

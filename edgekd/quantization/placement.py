@@ -19,7 +19,7 @@ from torchao.quantization.pt2e.quantizer import (
     SharedQuantizationSpec,
 )
 
-from edgekd.quantization.capture import WEIGHTED
+from edgekd.quantization.capture import WEIGHTED, arguments, tensor_of
 from edgekd.quantization.fake_quant import FakeQuant
 from edgekd.target import QuantScheme
 
@@ -49,6 +49,9 @@ KINDS: dict[Any, Kind] = {
 }
 
 
+FUSING = ("conv", "linear", "add")  # kinds whose kernel takes the activation behind them along
+
+
 def upper_bound(node: Node) -> float | None:
     """Where this activation clips from above, given that it clips from below at 0.
 
@@ -57,9 +60,9 @@ def upper_bound(node: Node) -> float | None:
     if node.target is aten.relu.default:
         return float("inf")
     if node.target in (aten.hardtanh.default, aten.clamp.default):
-        low, high = (*node.args[1:3], None, None)[:2]
+        low, high = (*arguments(node)[1:3], None, None)[:2]
         if low == 0:
-            return float("inf") if high is None else float(high)  # type: ignore[arg-type]
+            return float("inf") if high is None else float(high)
     return None
 
 
@@ -71,6 +74,7 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no type
         self._specs: dict[Node, QuantizationSpec] = {}
 
     def annotate(self, model: GraphModule) -> GraphModule:
+        """Mark every operator of the table with the quantizers it wants."""
         for node in model.graph.nodes:
             kind = self._kind(node)
             if kind is not None:
@@ -86,12 +90,12 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no type
         kind = KINDS.get(node.target)
         if kind == "pass":
             # worth it only on the way to an integer operator
-            zero_pad = not ("pad" in str(node.target) and any(node.args[3:] or (0,)))
+            zero_pad = not ("pad" in str(node.target) and any(arguments(node)[3:]))
             wanted = zero_pad and any(self._kind(user) for user in node.users)
             return "pass" if wanted else None
         if kind is None or kind not in self.scheme.ops:
             return None
-        if kind in ("conv", "linear") and node.args[1].op != "get_attr":
+        if kind in ("conv", "linear") and arguments(node)[1].op != "get_attr":
             return None
         if kind == "add" and not self._adds_integers(node):
             return None
@@ -99,36 +103,31 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no type
 
     def _adds_integers(self, node: Node) -> bool:
         """Two activations, at least one of them out of an integer operator."""
-        terms = node.args[:2]
+        terms = arguments(node)[:2]
         if not all(isinstance(t, Node) and t.op != "get_attr" for t in terms):
             return False
-        return any(self._kind(self._source(t)) for t in terms)  # type: ignore[arg-type]
+        return any(self._kind(self._source(t)) for t in terms)
 
     def _source(self, node: Node) -> Node:
         """The operator before a fused activation, else the node itself."""
         if upper_bound(node) is not None:
-            before = node.args[0]
-            assert isinstance(before, Node)
-            if len(before.users) == 1 and KINDS.get(before.target) in ("conv", "linear", "add"):
+            before: Node = arguments(node)[0]
+            if len(before.users) == 1 and KINDS.get(before.target) in FUSING:
                 return before
         return node
 
     # ---- how each is quantized ---------------------------------------------------------------
 
     def _annotate(self, model: GraphModule, node: Node, kind: Kind) -> None:
-        inputs: dict[Node, Any] = {}
-        if kind == "concat":
-            for source in node.args[0]:
-                inputs[source] = self._activation(source)
-        else:
-            for source in node.args[: 2 if kind == "add" else 1]:
-                inputs[source] = self._activation(source)
+        args = arguments(node)
+        sources = args[0] if kind == "concat" else args[: 2 if kind == "add" else 1]
+        inputs: dict[Node, Any] = {source: self._activation(source) for source in sources}
         if kind in ("conv", "linear"):
-            inputs[node.args[1]] = self._weight(model, node)
-        last = self._fused_activation(node) if kind in ("conv", "linear", "add") else node
+            inputs[args[1]] = self._weight(model, node)
+        last = self._fused_activation(node) if kind in FUSING else node
         output = None
         if kind == "pass":
-            output = SharedQuantizationSpec((node.args[0], node))
+            output = SharedQuantizationSpec((args[0], node))
         elif self.scheme.outputs and not self._leaves(last, kind):
             output = self._activation(last)
         if last is node:
@@ -158,7 +157,7 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no type
         """One spec for one tensor, so that producer and consumers share one quantizer."""
         root = node
         while self._kind(root) == "pass":
-            root = root.args[0]  # type: ignore[assignment]
+            root = arguments(root)[0]
         if root not in self._specs:
             bound = upper_bound(root)
             dtype = getattr(torch, self.scheme.activation_dtype)
@@ -173,11 +172,9 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no type
         return self._specs[root]
 
     def _weight(self, model: GraphModule, node: Node) -> QuantizationSpec:
-        weight = model
-        name = str(node.args[1].target)  # type: ignore[union-attr]
-        for part in name.split("."):
-            weight = getattr(weight, part)
-        axis = WEIGHTED[node.target]
+        weight = tensor_of(model, arguments(node)[1])
+        assert weight is not None
+        axis = WEIGHTED[node.target]  # type: ignore[index]  # operators are its keys
         per_channel = self.scheme.weight_granularity == "channel"
         return QuantizationSpec(
             dtype=torch.int8,
@@ -185,7 +182,7 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no type
                 dtype=torch.int8,
                 bits=self.scheme.weight_bits,
                 symmetric=True,
-                channels=weight.shape[axis] if per_channel else None,  # type: ignore[union-attr,index]
+                channels=weight.shape[axis] if per_channel else None,
                 ch_axis=axis,
             ),
         )
@@ -207,7 +204,7 @@ def quantizers(graph_module: GraphModule) -> dict[str, FakeQuant]:
             module = graph_module.get_submodule(str(node.target))
             if isinstance(module, FakeQuant) and id(module) not in seen:
                 seen.add(id(module))
-                found[node.args[0].name] = module
+                found[arguments(node)[0].name] = module
     return found
 
 
@@ -217,9 +214,9 @@ def quantized_activations(graph_module: GraphModule) -> list[str]:
     The exported graph has one quantize operator for each, in this order.
     """
     return [
-        node.args[0].name
+        arguments(node)[0].name
         for node in graph_module.graph.nodes
-        if node.op == "call_module" and node.args[0].op != "get_attr"
+        if node.op == "call_module" and arguments(node)[0].op != "get_attr"
     ]
 
 

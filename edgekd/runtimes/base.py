@@ -113,7 +113,7 @@ class Runtime(Protocol):
     suffix: str
 
     def version(self) -> str:
-        """Of the installed package; MissingPackage where there is none."""
+        """Of the installed package; MissingPackageError where there is none."""
 
     def export(self, net: Network, target: Target, path: Path) -> dict[str, str]:
         """Write `net` to `path` (and files with its stem); return the versions of the tools."""

@@ -9,6 +9,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -130,7 +131,7 @@ def _metadata(net: Network, target: Target) -> dict[str, str]:
     return facts
 
 
-def constant(value: ir.Value | None) -> NDArray[np.generic] | None:
+def constant(value: ir.Value | None) -> NDArray[Any] | None:
     """The array of an initializer or a Constant node, None if the value is computed."""
     if value is None or value.is_graph_input():
         return None
@@ -143,7 +144,7 @@ def _producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
     return node if node is not None and node.op_type == op_type else None
 
 
-def _new_constant(graph: ir.Graph, name: str, array: NDArray[np.generic]) -> ir.Value:
+def _new_constant(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value:
     value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
     value.shape, value.dtype = ir.Shape(array.shape), ir.DataType.from_numpy(array.dtype)
     graph.register_initializer(value)

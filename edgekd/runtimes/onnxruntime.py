@@ -72,6 +72,7 @@ class OrtSession:
             raise StateError(f"ONNX Runtime refuses {self._origin}: {error}") from error
 
     def __call__(self, inputs: Arrays) -> Arrays:
+        """One batch: arrays of (N, ...)."""
         outputs: Arrays = self._session.run(None, dict(zip(self._inputs, inputs, strict=True)))
         return outputs
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekd.errors import MissingPackage, StateError
+from edgekd.errors import MissingPackageError, StateError
 from edgekd.network import Network
 from edgekd.runtimes.base import Arrays
 from edgekd.runtimes.onnx_graph import save_onnx, to_onnx
@@ -24,7 +24,7 @@ def _openvino() -> Any:
     try:
         import openvino
     except ImportError:
-        raise MissingPackage("openvino", "openvino") from None
+        raise MissingPackageError("openvino", "openvino") from None
     return openvino
 
 
@@ -82,6 +82,7 @@ class OpenVinoSession:
         return self._core.compile_model(model, "CPU", settings)
 
     def __call__(self, inputs: Arrays) -> Arrays:
+        """One batch: arrays of (N, ...)."""
         results = self._compiled(list(inputs), share_inputs=True)
         return [np.array(results[o]) for o in self._compiled.outputs]
 

@@ -16,7 +16,7 @@ from edgekd.latency.measuring import (
     time_in_turns,
     today,
 )
-from edgekd.runtimes.base import Artifact, Arrays, Session, fingerprint, get_runtime
+from edgekd.runtimes.base import Arrays, Artifact, Session, fingerprint, get_runtime
 from edgekd.target import Target, host_instruction_set
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from edgekd.data.base import BatchSource, evaluation_batches
-from edgekd.errors import DataError, MissingPackage
+from edgekd.errors import DataError, MissingPackageError
 from edgekd.network import Network
 from edgekd.quantization.fake_quant import FakeQuant
 from edgekd.reporting.progress import Progress
@@ -92,7 +92,7 @@ def verify(
     try:
         runtime = get_runtime("onnxruntime" if emulated else target.runtime)
         session = runtime.load(artifact.path, threads=torch.get_num_threads(), emulated=emulated)
-    except MissingPackage as error:
+    except MissingPackageError as error:
         return Parity(**common, verifier=None, gate="unchecked", reasons=(str(error),))
 
     theirs, ours, targets, first = _run_both(session, net, data)

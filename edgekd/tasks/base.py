@@ -22,7 +22,9 @@ class Score(BaseModel):
 class Task(Protocol):
     """Stateless; stages never ask which task it is."""
 
-    metric_name: str
+    @property
+    def metric_name(self) -> str:
+        """What `score` counts, for tables."""
 
     def loss(self, outputs: Any, targets: tuple[Tensor, ...]) -> Tensor:
         """Supervised loss, a scalar."""
