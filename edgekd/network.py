@@ -6,6 +6,7 @@ import copy
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -253,8 +254,6 @@ class Network:
 
     def save(self, folder: str | Path) -> None:
         """Write `spec.json` and `weights.safetensors`; nothing in them is pickled."""
-        import torchao
-
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         quant = None
@@ -267,7 +266,7 @@ class Network:
                 "placement": list(quantizers(self.module)),
                 "placement_sha256": digest(self.module),
                 "torch": torch.__version__,
-                "torchao": torchao.__version__,
+                "torchao": version("torchao"),
             }
         spec = {
             "format": FORMAT,
@@ -320,11 +319,9 @@ class Network:
 
             graph = place(capture(module, io.example(2)), scheme)
             if digest(graph) != quant["placement_sha256"]:
-                import torchao
-
                 raise StateError(
                     f"{folder}: quantizers are placed differently here (torch "
-                    f"{torch.__version__}, torchao {torchao.__version__}) than where it was saved "
+                    f"{torch.__version__}, torchao {version('torchao')}) than where it was saved "
                     f"(torch {quant['torch']}, torchao {quant['torchao']}); install those versions"
                 )
             net = net.quantized(graph, scheme)

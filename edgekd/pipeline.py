@@ -17,13 +17,11 @@ import platform
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import onnx
-import onnxruntime
 import torch
-import torchao
 
 from edgekd import __version__
 from edgekd.data.base import Data
@@ -101,9 +99,7 @@ class _Run:
             "edgekd": __version__,
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "torchao": torchao.__version__,
-            "onnx": onnx.__version__,
-            "onnxruntime": onnxruntime.__version__,
+            **{name: version(name) for name in ("torchao", "onnx", "onnxruntime")},
         }
 
     def report(self) -> Report:
@@ -343,7 +339,6 @@ class _Run:
         """The stage's network: loaded if its folder is done, made otherwise."""
         everything = {
             "data": self.data.fingerprint,
-            "augment": self.data.augment,
             "task": self.recipe.task.model_dump(),
             "seed": self.recipe.seed,
             **inputs,
@@ -366,7 +361,7 @@ class _Run:
         everything = inputs | {
             "stage": [stage, STAGE_VERSIONS[stage]],
             "torch": torch.__version__,
-            "torchao": torchao.__version__,
+            "torchao": version("torchao"),
         }
         text = json.dumps(everything, sort_keys=True, default=str)
         folder = self.folder / f"{prefix}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"

@@ -15,6 +15,7 @@ from edgekd.data.base import BatchSource, evaluation_batches
 from edgekd.errors import DataError, MissingPackageError
 from edgekd.network import Network
 from edgekd.quantization.fake_quant import FakeQuant
+from edgekd.quantization.placement import quantized_activations, quantizers
 from edgekd.reporting.progress import Progress
 from edgekd.runtimes.base import Arrays, Artifact, Precision, Session, get_runtime
 from edgekd.runtimes.onnx_graph import quantized_name
@@ -205,16 +206,17 @@ def rank_tensors(session: Session, net: Network, x: Tensor) -> tuple[TensorDiffe
     """Quantized activations of `net` on the batch `x`, the most different one first."""
     assert isinstance(net.module, GraphModule)
     values: dict[str, tuple[Tensor, float]] = {}
-    handles = []
-    for node in net.module.graph.nodes:
-        if node.op == "call_module" and node.args[0].op != "get_attr":
-            quantizer = net.module.get_submodule(str(node.target))
-            assert isinstance(quantizer, FakeQuant)
+    names = quantized_activations(net.module)
+    calls = iter(names)  # a quantizer that several tensors share is called once for each
 
-            def keep(module: FakeQuant, _: Any, out: Tensor, name: str = node.args[0].name) -> None:
-                values[quantized_name(name)] = out, float(module.scale)
+    def keep(module: FakeQuant, _: Any, out: Tensor) -> None:
+        values[quantized_name(next(calls))] = out, float(module.scale)
 
-            handles.append(quantizer.register_forward_hook(keep))
+    handles = [
+        quantizer.register_forward_hook(keep)
+        for name, quantizer in quantizers(net.module).items()
+        if name in names
+    ]
     try:
         with torch.no_grad():
             net(x)
