@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from edgekd import __version__
 from edgekd.errors import EdgekdError, RecipeError, nearest
@@ -103,10 +104,14 @@ def main() -> None:
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         _end(f"{error.strerror or error}{where}; what was done before is intact", BAD_INPUT)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as end:
+        # typer turns Ctrl-C inside a command into an exit of its own
+        if isinstance(end, SystemExit) and end.code != INTERRUPTED:
+            raise
         _end("interrupted; the same command goes on from here", INTERRUPTED)
 
 
 def _end(message: str, code: int) -> None:
-    Console(stderr=True).print(f"[bold red]error:[/] {message}", soft_wrap=True, highlight=False)
+    text = f"[bold red]error:[/] {escape(message)}"  # edgekd[openvino] is no markup
+    Console(stderr=True).print(text, soft_wrap=True, highlight=False)
     raise SystemExit(code)

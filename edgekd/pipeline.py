@@ -53,7 +53,7 @@ from edgekd.tasks.base import Score, Task, get_task
 from edgekd.training import evaluate, fabric
 
 # raised when a stage's meaning changes, so that folders of older versions are not taken for it
-STAGE_VERSIONS = {"teacher": 1, "distill": 1, "quantize": 1, "export": 1, "profile": 1}
+STAGE_VERSIONS = {"teacher": 1, "distill": 1, "quantize": 1, "export": 1}
 
 
 @dataclass(frozen=True)
@@ -161,9 +161,7 @@ class _Run:
         options = section.model_dump(include={"epochs", "batch_size", "lr", "weight_decay"})
 
         def make(run: RunDir) -> Network:
-            net = self._untrained(section)
-            if section.weights is not None:
-                load_weights(net.module, section.weights)
+            net = self._network(section)
             if not section.epochs:
                 return net
             return distill(
@@ -177,11 +175,8 @@ class _Run:
         section, options = self.recipe.student, self.recipe.distill.model_dump()
 
         def make(run: RunDir) -> Network:
-            net = self._untrained(section)
-            if section.weights is not None:
-                load_weights(net.module, section.weights)
             return distill(
-                net, task=self.task, data=self.data, teacher=teacher.net,
+                self._network(section), task=self.task, data=self.data, teacher=teacher.net,
                 seed=self.recipe.seed, run=run, **options,
             )  # fmt: skip
 
@@ -207,7 +202,8 @@ class _Run:
         }
         return self._stage("quantize", inputs, make)
 
-    def _untrained(self, section: StudentSection) -> Network:
+    def _network(self, section: StudentSection) -> Network:
+        """Built by its name, seeded, with the section's weights if it has any."""
         build = section.build()
         known = {"num_classes": len(self.data.classes)}
         if build.model.startswith("edgekd/"):
@@ -217,6 +213,8 @@ class _Run:
         torch.manual_seed(self.recipe.seed)
         # the recipe's author named the callable: that is the trust it needs
         module = build_module(build, trust=True, origin=f"recipe {self.recipe.name}")
+        if section.weights is not None:
+            load_weights(module, section.weights)
         return Network(
             module,
             torch.zeros(1, *self.data.image_shape),

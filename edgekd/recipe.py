@@ -16,7 +16,8 @@ from edgekd.quantization.fake_quant import Observer
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class _Section(BaseModel):
@@ -47,7 +48,7 @@ class DataSection(_Section):
 class _Training(_Section):
     batch_size: Count = 128
     lr: Positive = 0.1
-    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    weight_decay: NotNegative = 5e-4
 
 
 class StudentSection(_Section):
@@ -82,8 +83,8 @@ class QuantizeSection(_Training):
     calibration: Count = 512
     observer: Observer = "mse"
     alpha: Share = 0.9
-    lr: Positive = 0.01
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    lr: Positive = 0.001
+    weight_decay: NotNegative = 1e-4
 
 
 class VerifySection(_Section):

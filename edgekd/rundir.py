@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,13 +63,15 @@ class RunDir:
         if not path.is_file():
             (self.path / "metrics.jsonl").unlink(missing_ok=True)
             return None
-        try:
-            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-            step = state["step"]
-        except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
-            raise StateError(
-                f"{path} is damaged ({error}); delete it to start this stage again"
-            ) from None
+        with path.open("rb") as file:
+            try:
+                state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+                step = state["step"]
+            except Exception as error:  # torch.load raises a dozen unrelated types
+                raise StateError(
+                    f"{path} is damaged, or holds more than tensors and plain values "
+                    f"({type(error).__name__}); delete it to start this stage again"
+                ) from None
         kept = [json.dumps(r) + "\n" for r in self.history() if r["step"] <= step]
         write_atomically(self.path / "metrics.jsonl", "".join(kept))
         return state

@@ -119,7 +119,7 @@ def _read(path: Path) -> Target:
     try:
         values: dict[str, Any] = tomllib.loads(path.read_text())
         target = Target(**values)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise TargetError(f"{path}: not valid TOML: {error}") from None
     except ValidationError as error:
         raise TargetError(f"{path}: {describe_invalid(error, Target)}") from None

@@ -113,12 +113,12 @@ def fit(
                 if steps:
                     step = epoch * steps + index + 1
                     if time.monotonic() - saved_at > CHECKPOINT_SECONDS and index + 1 < steps:
-                        finite_step = _check_finite(sums, lr, label, epoch, finite_step, step)
+                        finite_step = _check_finite(net, sums, lr, label, epoch, finite_step, step)
                         checkpoint()
                         saved_at = time.monotonic()
             if not steps:
                 step = epoch + 1
-            finite_step = _check_finite(sums, lr, label, epoch, finite_step, step)
+            finite_step = _check_finite(net, sums, lr, label, epoch, finite_step, step)
             start = 0
             if run and on.is_global_zero:
                 means = {name: float(total) / count for name, total in sums.items()}
@@ -151,12 +151,16 @@ def _schedule(share: float) -> float:
 
 
 def _check_finite(
-    sums: dict[str, Tensor], lr: float, label: str, epoch: int, good: int, step: int
+    net: Network, sums: dict[str, Tensor], lr: float, label: str, epoch: int, good: int, step: int
 ) -> int:
     bad = [name for name, total in sums.items() if not torch.isfinite(total)]
+    what = f"the loss ({', '.join(bad)})"
+    if not bad:  # a finite loss may have a gradient that is not
+        bad = [name for name, t in net.module.named_parameters() if not torch.isfinite(t).all()]
+        what = f"the weight {bad[0]}" if bad else ""
     if bad:
         raise TrainingError(
-            f"{label}: the loss ({', '.join(bad)}) is not finite in epoch {epoch + 1}, between "
+            f"{label}: {what} is not finite in epoch {epoch + 1}, between "
             f"steps {good} and {step}; lr is {lr}: try {lr / 10:g}, and check the data for NaN. "
             f"The checkpoint of step {good} is intact"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,7 +33,7 @@ def as_teacher(teacher: TeacherLike | Sequence[TeacherLike], device: torch.devic
         teacher.train_mode(False)
         function: Callable[..., Any] = teacher.module.to(device)
     elif isinstance(teacher, nn.Module):
-        function = teacher.to(device).eval()
+        function = copy.deepcopy(teacher).to(device).eval()
     else:
         function = teacher
 

@@ -41,6 +41,13 @@ def calibrate(graph: GraphModule, batches: Sequence[Tensor], observer: Observer)
                 progress.advance()
     for quantizer in quantizers(graph).values():
         quantizer.start()
+    settle(graph)
+
+
+def settle(graph: GraphModule) -> None:
+    """What must hold of the scales that are exported; the last step of training may break it."""
+    for quantizer in quantizers(graph).values():
+        quantizer.bound_scale()
     floor_weight_scales(graph)
 
 

@@ -7,6 +7,7 @@ layer is folded into that layer's weight and bias.
 
 from __future__ import annotations
 
+import copy
 import logging
 import operator
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ aten = torch.ops.aten
 
 FUNCTIONAL = {
     aten.relu_.default: aten.relu.default,
+    aten.relu6_.default: aten.relu6.default,
     aten.hardtanh_.default: aten.hardtanh.default,
     aten.clamp_.default: aten.clamp.default,
     aten.add_.Tensor: aten.add.Tensor,
@@ -70,7 +72,7 @@ def capture(module: nn.Module, example_inputs: Sequence[Tensor]) -> GraphModule:
     """Capture `module` with a dynamic batch and fold its BatchNorms.
 
     Args:
-        module: any `nn.Module`; it is not changed (parameters are copied), its mode is restored.
+        module: any `nn.Module`; it is not changed.
         example_inputs: tensors of (N, ...) with N >= 2. A batch of 1 would make the captured
             graph work for 1 only.
 
@@ -82,21 +84,10 @@ def capture(module: nn.Module, example_inputs: Sequence[Tensor]) -> GraphModule:
             "capture needs an example batch of at least 2 (1 fixes the batch size); "
             f"got {[tuple(x.shape) for x in example_inputs]}"
         )
-    was_training = module.training
-    module.eval()
-    try:
-        graph_module = _export(module, tuple(example_inputs)).module(check_guards=False)
-    finally:
-        module.train(was_training)
+    # a copy: the captured graph shares its tensors with the module it came from
+    program = _export(copy.deepcopy(module).eval(), tuple(example_inputs))
+    graph_module = program.module(check_guards=False)
     assert isinstance(graph_module, GraphModule)
-    with torch.no_grad():  # the exported graph shares storage with the module
-        for name, parameter in list(graph_module.named_parameters()):
-            owner, _, leaf = name.rpartition(".")
-            copied = nn.Parameter(parameter.detach().clone())
-            graph_module.get_submodule(owner).register_parameter(leaf, copied)
-        for name, buffer in list(graph_module.named_buffers()):
-            owner, _, leaf = name.rpartition(".")
-            graph_module.get_submodule(owner).register_buffer(leaf, buffer.detach().clone())
     _simplify(graph_module)
     fold_batchnorm(graph_module)
     graph_module.recompile()

@@ -59,6 +59,8 @@ def upper_bound(node: Node) -> float | None:
     """
     if node.target is aten.relu.default:
         return float("inf")
+    if node.target is aten.relu6.default:
+        return 6.0
     if node.target in (aten.hardtanh.default, aten.clamp.default):
         low, high = (*arguments(node)[1:3], None, None)[:2]
         if low == 0:

@@ -61,7 +61,7 @@ class Progress:
             self._said_at = now
 
     def _text(self, note: str, loss: Tensor | None) -> str:
-        return note if loss is None else f"{note} loss {float(loss):.3f}"
+        return note if loss is None else f"{note} loss {loss.item():.3f}"
 
     def __exit__(
         self,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from edgekd.latency.measuring import Measurement
@@ -119,7 +120,7 @@ class Report(_Row):
                 console.print(f"{row.target}: ships {row.precision}, {row.why}")
         for row in self.artifacts:
             for reason in row.reasons:
-                console.print(f"{row.target} {row.precision} [bold]{row.gate}[/]: {reason}")
+                console.print(f"{row.target} {row.precision} [bold]{row.gate}[/]: {escape(reason)}")
             if row.worst_tensors:
                 console.print("  most different inside, in steps (mean, max):")
             for worst in row.worst_tensors[:5]:

@@ -233,8 +233,8 @@ def integer_bias(model: ir.Model) -> int:
                 f"{node.name}: the bias of channel {channel} is {bias[channel]:g}, which is "
                 f"{steps[channel]:.3g} steps; int32 holds 2^31: quantize with a larger weight scale"
             )
-        assert node.inputs[2] is not None
-        name = node.inputs[2].name
+        # by the node: two nodes that share their weights need not share their input's scale
+        name = f"{node.outputs[0].name}.bias"
         dequantized = ir.node(
             "DequantizeLinear",
             [

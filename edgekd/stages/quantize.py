@@ -11,7 +11,7 @@ from edgekd.errors import ModelError, TargetError
 from edgekd.knowledge.teachers import TeacherLike, as_teacher
 from edgekd.knowledge.terms import learning_terms
 from edgekd.network import Network
-from edgekd.quantization.calibration import calibrate
+from edgekd.quantization.calibration import calibrate, settle
 from edgekd.quantization.capture import capture
 from edgekd.quantization.fake_quant import Observer
 from edgekd.quantization.placement import place, quantizers
@@ -33,7 +33,7 @@ def quantize(
     observer: Observer = "mse",
     alpha: float = 0.9,
     batch_size: int = 128,
-    lr: float = 0.01,
+    lr: float = 0.001,
     weight_decay: float = 1e-4,
     seed: int = 0,
     accelerator: str = "auto",
@@ -67,10 +67,12 @@ def quantize(
             f"{net!r} has no operator that {target.name} runs in integers "
             f"({', '.join(target.scheme.ops)})"
         )
-    calibrate(graph, _calibration_inputs(data, calibration), observer)
-    student = net.quantized(graph, target.scheme)
+    on = fabric(accelerator)
+    graph.to(on.device)
+    inputs = [x.to(on.device) for x in _calibration_inputs(data, calibration)]
+    calibrate(graph, inputs, observer)
+    student = net.quantized(graph.to("cpu"), target.scheme)
     if epochs:
-        on = fabric(accelerator)
         ask = None if teacher is None else as_teacher(teacher, on.device)
         fit(
             student,
@@ -85,13 +87,14 @@ def quantize(
             label="quantized training" if teacher is None else "quantized distilling",
             run=run,
         )
+        settle(graph)
     return student
 
 
 def _calibration_inputs(data: BatchSource, count: int) -> list[Tensor]:
     """About `count` inputs, (N, ...) in batches, without augmentation."""
     if isinstance(data, Data):
-        data = data.subset(train=count, test=None)
+        data = data.subset(train=min(count, len(data.splits["train"])))
     inputs: list[Tensor] = []
     for batch in evaluation_batches(data, split="train", batch_size=64):
         inputs.append(batch[0][: count - sum(map(len, inputs))])

@@ -198,7 +198,7 @@ def _step(output: NDArray[np.float32], net: Network) -> float:
     if len(ends) == 1 and ends[0].op == "call_module":
         quantizer = net.module.get_submodule(str(ends[0].target))
         if isinstance(quantizer, FakeQuant):
-            return float(quantizer.scale)
+            return quantizer.scale.item()
     return max(float(np.abs(output).max()), 1e-30) / 127
 
 
@@ -210,7 +210,7 @@ def rank_tensors(session: Session, net: Network, x: Tensor) -> tuple[TensorDiffe
     calls = iter(names)  # a quantizer that several tensors share is called once for each
 
     def keep(module: FakeQuant, _: Any, out: Tensor) -> None:
-        values[quantized_name(next(calls))] = out, float(module.scale)
+        values[quantized_name(next(calls))] = out, module.scale.item()
 
     handles = [
         quantizer.register_forward_hook(keep)
