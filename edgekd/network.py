@@ -304,6 +304,8 @@ class Network:
             scheme = None if quant is None else QuantScheme(**quant["scheme"])
         except ValidationError as error:
             raise StateError(f"{folder}/spec.json: {describe_invalid(error, IO)}") from None
+        except (KeyError, TypeError) as error:
+            raise StateError(f"{folder}/spec.json is damaged: no {error}") from None
         if module is None:
             if build is None:
                 raise StateError(

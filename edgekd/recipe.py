@@ -83,7 +83,7 @@ class QuantizeSection(_Training):
     calibration: Count = 512
     observer: Observer = "mse"
     alpha: Share = 0.9
-    lr: Positive = 0.001
+    lr: Positive = 3e-4
     weight_decay: NotNegative = 1e-4
 
 

@@ -52,7 +52,9 @@ def fit(
     label: str,
     run: RunDir | None,
 ) -> None:
-    """Train `net` in place: SGD with Nesterov momentum, warm-up, cosine to zero.
+    """Train `net` in place: warm-up, then cosine to zero.
+
+    A float network with SGD and Nesterov momentum, a quantized one with AdamW.
 
     Args:
         terms: from a batch and the outputs to the weighted terms of the loss.
@@ -69,9 +71,10 @@ def fit(
     net.module.to(on.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = _optimizer(net, lr, weight_decay)
     state = run.load_checkpoint() if run else None
-    step = 0
+    step, count = 0, 0
+    sums: dict[str, Tensor] = {}  # of this epoch's terms
     if state is not None:
-        step = int(state["step"])
+        step, count, sums = state["step"], state["count"], state["sums"]
         net.load_state(state["net"], "last.ckpt")
         optimizer.load_state_dict(state["optimizer"])
     module = on.setup_module(net.module)
@@ -81,7 +84,15 @@ def fit(
     def checkpoint() -> None:
         if run and on.is_global_zero:
             weights = {name: t.detach().cpu() for name, t in net.state().items()}
-            run.save_checkpoint({"step": step, "net": weights, "optimizer": optimizer.state_dict()})
+            run.save_checkpoint(
+                {
+                    "step": step,
+                    "count": count,
+                    "sums": sums,
+                    "net": weights,
+                    "optimizer": optimizer.state_dict(),
+                }
+            )
 
     steps = train_steps(data, batch_size)
     saved_at = time.monotonic()
@@ -90,8 +101,6 @@ def fit(
     net.train_mode(True)
     with Progress(label, None if steps is None else steps * epochs, done=step) as progress:
         for epoch in range(first_epoch, epochs):
-            sums: dict[str, Tensor] = {}
-            count = 0
             batches = training_batches(
                 data, batch_size=batch_size, seed=seed, epoch=epoch, start=start
             )
@@ -109,7 +118,7 @@ def fit(
                 count += 1
                 for name, value in values.items():
                     sums[name] = sums.get(name, 0.0) + value.detach()
-                progress.advance(f"epoch {epoch + 1}/{epochs}", loss)
+                progress.advance(f"epoch {epoch + 1}/{epochs}", loss.detach())
                 if steps:
                     step = epoch * steps + index + 1
                     if time.monotonic() - saved_at > CHECKPOINT_SECONDS and index + 1 < steps:
@@ -119,13 +128,14 @@ def fit(
             if not steps:
                 step = epoch + 1
             finite_step = _check_finite(net, sums, lr, label, epoch, finite_step, step)
-            start = 0
             if run and on.is_global_zero:
                 means = {name: float(total) / count for name, total in sums.items()}
                 run.log({"step": step, "epoch": epoch + 1, **means})
+            start, count, sums = 0, 0, {}
             checkpoint()
             saved_at = time.monotonic()
-    net.module.to("cpu")
+    # as it will be when it is loaded: kernels and captured graphs depend on the memory format
+    net.module.to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     net.train_mode(False)
 
 
@@ -140,7 +150,10 @@ def _optimizer(net: Network, lr: float, weight_decay: float) -> torch.optim.Opti
         {"params": decayed, "weight_decay": weight_decay},
         {"params": free, "weight_decay": 0.0},
     ]
-    return torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True)
+    if net.scheme is None:
+        return torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True)
+    # with BatchNorm folded, one rate does not fit the gradients of all layers: Adam's does
+    return torch.optim.AdamW(groups, lr=lr)
 
 
 def _schedule(share: float) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgekd.errors import RecipeError
+from edgekd.errors import DataError, RecipeError
 from edgekd.knowledge.teachers import Teacher
 from edgekd.tasks.base import Task
 from edgekd.training import Terms
@@ -30,6 +30,11 @@ def learning_terms(task: Task | None, teacher: Teacher | None, alpha: float) -> 
         values: dict[str, Tensor] = {}
         share = 1.0 if teacher is None else 1 - alpha
         if task is not None and share > 0:
+            if len(batch) < 2:
+                raise DataError(
+                    "the task learns from labels, and batches are inputs alone; give batches "
+                    "(x, labels), or alpha=1 to learn from the teacher only"
+                )
             values["supervised"] = share * task.loss(outputs, batch[1:])
         if teacher is not None:
             wanted = teacher(batch[:1])

@@ -87,6 +87,6 @@ def resnet(
     """
     scaled = [max(round_to, round(w * scale / round_to) * round_to) for w in widths]
     counts = [depths] * len(scaled) if isinstance(depths, int) else list(depths)
-    if len(counts) != len(scaled) or min([*counts, num_classes, in_channels]) < 1:
+    if not scaled or len(counts) != len(scaled) or min([*counts, num_classes, in_channels]) < 1:
         raise TypeError(f"widths {tuple(widths)} and depths {depths} must be as many, all >= 1")
     return ResNet(scaled, counts, in_channels, num_classes)

@@ -58,11 +58,26 @@ class Artifact(BaseModel):
         Raises:
             StateError: no artifact there, or its files have changed.
         """
+        artifact = Artifact.read(folder)
+        try:
+            digest, _ = fingerprint(artifact.path)
+        except FileNotFoundError as error:
+            raise StateError(f"{folder} holds no artifact: {error.filename} is missing") from None
+        if digest != artifact.sha256:
+            raise StateError(f"{artifact.path} has changed since it was exported; export it again")
+        return artifact
+
+    @staticmethod
+    def read(folder: str | Path) -> Artifact:
+        """What `artifact.json` in `folder` says; its files are not looked at.
+
+        Raises:
+            StateError: no such record there, or it is damaged.
+        """
         folder = Path(folder)
         try:
             record = json.loads((folder / "artifact.json").read_text())
-            artifact = Artifact(**record | {"path": folder / record["path"]})
-            digest, _ = fingerprint(artifact.path)
+            return Artifact(**record | {"path": folder / record["path"]})
         except FileNotFoundError as error:
             raise StateError(f"{folder} holds no artifact: {error.filename} is missing") from None
         except ValidationError as error:
@@ -71,9 +86,6 @@ class Artifact(BaseModel):
             ) from None
         except (ValueError, KeyError, TypeError) as error:
             raise StateError(f"{folder}/artifact.json is damaged: {error}") from None
-        if digest != artifact.sha256:
-            raise StateError(f"{artifact.path} has changed since it was exported; export it again")
-        return artifact
 
 
 def fingerprint(path: Path) -> tuple[str, int]:

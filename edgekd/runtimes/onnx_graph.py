@@ -60,6 +60,7 @@ def to_onnx(net: Network, target: Target) -> ir.Model:
     if wanted is not None and wanted.bias == "int32":
         integer_bias(model)
     _drop_unused(model)
+    _drop_traces(model)
     model.metadata_props.update(_metadata(net, target))
     return model
 
@@ -254,6 +255,17 @@ def _drop_unused(model: ir.Model) -> None:
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
     RemoveUnusedNodesPass()(model)
+
+
+def _drop_traces(model: ir.Model) -> None:
+    """The exporter's notes on where each node comes from: in a small network, most of the file."""
+    for node in model.graph:
+        node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    model.graph.metadata_props.clear()
 
 
 def integer_matrix_ops(model: onnx.ModelProto) -> tuple[int, int]:

@@ -41,7 +41,7 @@ def export(net: Network, *, target: str | Target, out: str | Path) -> Artifact:
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "artifact.json").exists():
-        there = Artifact.load(folder)
+        there = Artifact.read(folder)  # its file may be half of one, if an export was killed
         if (there.target, there.precision) != (target.name, precision):
             raise StateError(
                 f"{folder} holds {there.target} {there.precision}; give each artifact a folder"

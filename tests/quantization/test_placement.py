@@ -1,0 +1,298 @@
+"""Which tensors get a quantizer, operator by operator, and what the digest sees."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from edgekd.quantization.capture import capture
+from edgekd.quantization.placement import (
+    KINDS,
+    digest,
+    place,
+    quantized_activations,
+    quantizers,
+)
+from edgekd.target import QuantScheme
+
+Function = Callable[[Any, Tensor], Tensor]
+
+
+class Layers(nn.Module):
+    """Four layers to make small graphs of: `a` and `b` keep 4 channels."""
+
+    def __init__(self, function: Function) -> None:
+        super().__init__()
+        self.function = function
+        self.a, self.b = (nn.Conv2d(4, 4, 3, padding=1) for _ in range(2))
+        self.wide = nn.Conv2d(8, 4, 3, padding=1)
+        self.depthwise = nn.Conv2d(4, 4, 3, padding=1, groups=4)
+        self.same = nn.Conv2d(4, 4, 3, padding="same")
+        self.one, self.three = nn.Conv1d(4, 4, 3), nn.Conv3d(4, 4, 1)
+        self.linear, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.flat = nn.Linear(256, 3)
+        self.relu6, self.zero_pad = nn.ReLU6(), nn.ZeroPad2d((0, 1, 0, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)
+
+
+@dataclass
+class Case:
+    """A graph, its quantized activations in order, and groups that share one quantizer."""
+
+    function: Function
+    activations: list[str]
+    weights: list[str] = field(default_factory=lambda: ["a_weight"])
+    shared: list[list[str]] = field(default_factory=list)
+    bounds: dict[str, float] = field(default_factory=dict)
+    shape: tuple[int, ...] = (4, 8, 8)
+
+
+def split(m: Layers, x: Tensor) -> Tensor:
+    y = m.a(x)
+    return F.relu(y) + y
+
+
+AB = ["a_weight", "b_weight"]
+CASES = {
+    # convolutions and linear layers: input, weight, output
+    "conv": Case(lambda m, x: m.a(x), ["x", "conv2d"]),
+    "depthwise": Case(lambda m, x: m.depthwise(x), ["x", "conv2d"], ["depthwise_weight"]),
+    "conv, padding same": Case(lambda m, x: m.same(x), ["x", "conv2d"], ["same_weight"]),
+    "conv1d": Case(lambda m, x: m.one(x), ["x", "conv1d"], ["one_weight"], shape=(4, 8)),
+    "conv3d": Case(lambda m, x: m.three(x), ["x", "conv3d"], ["three_weight"], shape=(4, 2, 2, 2)),
+    "linear at the end gives floats": Case(
+        lambda m, x: m.head(x), ["x"], ["head_weight"], shape=(4,)
+    ),
+    "linear in the middle": Case(
+        lambda m, x: m.head(m.linear(x)), ["x", "linear"], ["linear_weight", "head_weight"],
+        shape=(4,),
+    ),
+    # what fuses: the quantizer goes behind the activation
+    "conv relu": Case(lambda m, x: F.relu(m.a(x)), ["x", "relu"]),
+    "linear relu": Case(
+        lambda m, x: m.head(F.relu(m.linear(x))), ["x", "relu"],
+        ["linear_weight", "head_weight"], shape=(4,),
+    ),
+    "linear relu at the end gives floats": Case(
+        lambda m, x: F.relu(m.linear(x)), ["x"], ["linear_weight"], shape=(4,)
+    ),
+    "conv relu6": Case(
+        lambda m, x: m.relu6(m.a(x)), ["x", "hardtanh"], bounds={"hardtanh": 6}
+    ),
+    "conv relu6, functional": Case(
+        lambda m, x: F.relu6(m.a(x)), ["x", "relu6"], bounds={"relu6": 6}
+    ),
+    "conv clamp": Case(lambda m, x: m.a(x).clamp(0, 4), ["x", "clamp"], bounds={"clamp": 4}),
+    "conv clamp from below only": Case(lambda m, x: m.a(x).clamp(min=0), ["x", "clamp"]),
+    "clamp that is no ReLU": Case(lambda m, x: m.a(x).clamp(-1, 1), ["x", "conv2d"]),
+    "conv leaky relu": Case(
+        lambda m, x: m.b(F.leaky_relu(m.a(x))), ["x", "conv2d", "leaky_relu", "conv2d_1"], AB
+    ),
+    "conv read twice": Case(split, ["x", "conv2d", "relu", "add"]),
+    # add: both inputs and the output
+    "add": Case(lambda m, x: m.a(x) + x, ["x", "conv2d", "add"]),
+    "add relu": Case(lambda m, x: F.relu(m.a(x) + x), ["x", "conv2d", "relu"]),
+    "add relu6": Case(
+        lambda m, x: m.relu6(m.a(x) + m.b(x)), ["x", "conv2d", "conv2d_1", "hardtanh"], AB,
+        bounds={"hardtanh": 6},
+    ),
+    "add of floats stays float": Case(
+        lambda m, x: m.a(torch.tanh(x) + torch.sigmoid(x)), ["add", "conv2d"]
+    ),
+    "add of a number stays float": Case(
+        lambda m, x: m.b(m.a(x) + 1.5), ["x", "conv2d", "add", "conv2d_1"], AB
+    ),
+    "add of a parameter stays float": Case(
+        lambda m, x: m.linear(x) + m.linear.bias, ["x", "linear"], ["linear_weight"], shape=(4,)
+    ),
+    # concat and pools: inputs and output
+    "concat": Case(
+        lambda m, x: m.wide(torch.cat([m.a(x), x], 1)),
+        ["x", "conv2d", "cat", "conv2d_1"], ["a_weight", "wide_weight"],
+    ),
+    "average pool": Case(
+        lambda m, x: F.avg_pool2d(m.a(x), 2), ["x", "conv2d", "avg_pool2d"]
+    ),
+    "adaptive average pool": Case(
+        lambda m, x: F.adaptive_avg_pool2d(m.a(x), 1), ["x", "conv2d", "adaptive_avg_pool2d"]
+    ),
+    "mean": Case(lambda m, x: m.a(x).mean((2, 3)), ["x", "conv2d", "mean"]),
+    # operators that hand integers through share their input's quantizer
+    "max pool": Case(
+        lambda m, x: m.b(F.max_pool2d(F.relu(m.a(x)), 2)),
+        ["x", "relu", "max_pool2d", "conv2d_1"], AB, [["relu", "max_pool2d"]],
+    ),
+    "two max pools": Case(
+        lambda m, x: m.b(F.max_pool2d(F.max_pool2d(m.a(x), 2), 2)),
+        ["x", "conv2d", "max_pool2d", "max_pool2d_1", "conv2d_1"], AB,
+        [["conv2d", "max_pool2d", "max_pool2d_1"]],
+    ),
+    "max pool at the end stays float": Case(
+        lambda m, x: F.max_pool2d(m.a(x), 2), ["x", "conv2d"]
+    ),
+    "flatten": Case(
+        lambda m, x: m.flat(m.a(x).flatten(1)), ["x", "conv2d", "flatten"],
+        ["a_weight", "flat_weight"], [["conv2d", "flatten"]],
+    ),
+    "reshape": Case(
+        lambda m, x: m.flat(m.a(x).reshape(-1, 256)), ["x", "conv2d", "reshape"],
+        ["a_weight", "flat_weight"], [["conv2d", "reshape"]],
+    ),
+    "view": Case(
+        lambda m, x: m.flat(m.a(x).view(-1, 256)), ["x", "conv2d", "view"],
+        ["a_weight", "flat_weight"], [["conv2d", "view"]],
+    ),
+    "squeeze": Case(
+        lambda m, x: m.head(F.adaptive_avg_pool2d(m.a(x), 1).squeeze((2, 3))),
+        ["x", "conv2d", "adaptive_avg_pool2d", "squeeze"], ["a_weight", "head_weight"],
+        [["adaptive_avg_pool2d", "squeeze"]],
+    ),
+    "zero pad": Case(
+        lambda m, x: m.b(m.zero_pad(F.relu(m.a(x)))),
+        ["x", "relu", "pad", "conv2d_1"], AB, [["relu", "pad"]],
+    ),
+    "pad of ones stays float": Case(
+        lambda m, x: m.b(F.pad(F.relu(m.a(x)), (0, 1, 0, 1), value=1.0)),
+        ["x", "relu", "pad", "conv2d_1"], AB,
+    ),
+    # an operator that no table knows, in the middle
+    "sigmoid": Case(
+        lambda m, x: m.b(torch.sigmoid(m.a(x))), ["x", "conv2d", "sigmoid", "conv2d_1"], AB
+    ),
+    "softmax": Case(
+        lambda m, x: m.b(torch.softmax(m.a(x), 1)), ["x", "conv2d", "softmax", "conv2d_1"], AB
+    ),
+    "nothing to quantize": Case(lambda _, x: torch.sigmoid(x), [], []),
+}  # fmt: skip
+
+
+@cache
+def captured(function: Function, shape: tuple[int, ...]) -> GraphModule:
+    return capture(Layers(function), (torch.zeros(2, *shape),))
+
+
+def graph_of(function: Function, shape: tuple[int, ...]) -> GraphModule:
+    return copy.deepcopy(captured(function, shape))
+
+
+def sharing(graph: GraphModule) -> list[list[str]]:
+    """Names of quantized tensors that have one quantizer between them."""
+    by_quantizer: dict[int, list[str]] = {}
+    for node in graph.graph.nodes:
+        if node.op == "call_module":
+            quantizer = graph.get_submodule(str(node.target))
+            by_quantizer.setdefault(id(quantizer), []).append(node.args[0].name)
+    return [names for names in by_quantizer.values() if len(names) > 1]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_which_tensors_are_quantized(name: str, scheme: QuantScheme):
+    case = CASES[name]
+    graph = place(graph_of(case.function, case.shape), scheme)
+    assert quantized_activations(graph) == case.activations
+    assert sharing(graph) == case.shared
+    placed = quantizers(graph)
+    followers = {tensor for group in case.shared for tensor in group[1:]}
+    first = [tensor for tensor in case.activations if tensor not in followers]
+    assert sorted(placed) == sorted([*case.weights, *first])
+    bounds = {t: q.max_value for t, q in placed.items() if q.max_value is not None}
+    assert bounds == case.bounds
+    for quantizer in placed.values():  # every one of them is reached
+        quantizer.mode = "range"
+    graph(torch.randn(3, *case.shape))
+    assert all(quantizer.start() for quantizer in placed.values())
+
+
+def test_every_operator_of_the_table_is_in_a_case():
+    met = set()
+    for case in CASES.values():
+        graph = graph_of(case.function, case.shape)
+        met |= {node.target for node in graph.graph.nodes}
+    # torch.export writes pads as aten.pad; older programs hold constant_pad_nd
+    assert {str(op) for op in KINDS} - {str(op) for op in met} == {"aten.constant_pad_nd.default"}
+
+
+ALL = ("conv", "linear", "add", "concat", "pool")
+
+
+@pytest.mark.parametrize(
+    ("kind", "case", "left"),
+    [
+        ("conv", "conv", []),
+        ("linear", "linear in the middle", []),
+        ("add", "add relu", ["x", "conv2d"]),
+        ("concat", "concat", ["x", "conv2d", "cat", "conv2d_1"]),
+        ("pool", "mean", ["x", "conv2d"]),
+    ],
+)
+def test_a_kind_that_the_scheme_leaves_out_stays_float(
+    kind: str, case: str, left: list[str], scheme: QuantScheme
+):
+    without = scheme.model_copy(update={"ops": tuple(k for k in ALL if k != kind)})
+    graph = place(graph_of(CASES[case].function, CASES[case].shape), without)
+    assert quantized_activations(graph) == left
+
+
+def test_a_scheme_without_outputs_quantizes_inputs_only(scheme: QuantScheme):
+    inputs = scheme.model_copy(update={"outputs": False})
+    graph = place(graph_of(lambda m, x: m.b(F.relu(m.a(x))), (4, 8, 8)), inputs)
+    assert quantized_activations(graph) == ["x", "relu"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "activation", "weight"),
+    [
+        ({}, (torch.uint8, 0, 255), (torch.int8, -63, 63, 4)),
+        ({"weight_bits": 8}, (torch.uint8, 0, 255), (torch.int8, -127, 127, 4)),
+        ({"activation_dtype": "int8"}, (torch.int8, -128, 127), (torch.int8, -63, 63, 4)),
+        (
+            {"activation_dtype": "int8", "activation_symmetric": True, "weight_bits": 8},
+            (torch.int8, -127, 127), (torch.int8, -127, 127, 4),
+        ),
+        ({"weight_granularity": "tensor"}, (torch.uint8, 0, 255), (torch.int8, -63, 63, 1)),
+    ],
+)  # fmt: skip
+def test_integers_are_the_schemes(
+    scheme: QuantScheme, changes: dict[str, Any], activation: Any, weight: Any
+):
+    wanted = scheme.model_copy(update=changes)
+    placed = quantizers(place(graph_of(CASES["depthwise"].function, (4, 8, 8)), wanted))
+    for tensor in ("x", "conv2d"):
+        q = placed[tensor]
+        assert (q.dtype, q.low, q.high, q.scale.numel()) == (*activation, 1)
+    q = placed["depthwise_weight"]
+    assert (q.dtype, q.low, q.high, q.scale.numel()) == weight
+
+
+# ---- digest --------------------------------------------------------------------------------------
+
+# that another process computes the same one: tests/test_network.py
+
+
+def test_the_digest_tells_placements_apart_and_not_weights(scheme: QuantScheme):
+    def of(function: Function, **changes: Any) -> str:
+        graph = capture(Layers(function), (torch.zeros(2, 4, 8, 8),))  # other weights each time
+        return digest(place(graph, scheme.model_copy(update=changes)))
+
+    plain = of(lambda m, x: F.relu(m.a(x) + x))
+    assert plain == of(lambda m, x: F.relu(m.a(x) + x))
+    others = [
+        of(lambda m, x: F.relu(m.b(x) + x)),
+        of(lambda m, x: F.relu6(m.a(x) + x)),
+        of(lambda m, x: F.relu(m.a(x) + x), activation_dtype="int8"),
+        of(lambda m, x: F.relu(m.a(x) + x), weight_bits=8),
+        of(lambda m, x: F.relu(m.a(x) + x), weight_granularity="tensor"),
+        of(lambda m, x: F.relu(m.a(x) + x), ops=("conv",)),
+    ]
+    assert len({plain, *others}) == 1 + len(others)

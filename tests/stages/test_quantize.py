@@ -1,0 +1,80 @@
+"""quantize: what it refuses, and what the four ways of it leave behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from edgekd.errors import ModelError, TargetError
+from edgekd.network import Network
+from edgekd.quantization.placement import quantizers
+from edgekd.stages.quantize import quantize
+from edgekd.target import Target
+from edgekd.tasks.classification import Classification
+
+Batches = list[tuple[Tensor, Tensor]]
+
+
+def scales(net: Network) -> dict[str, Tensor]:
+    assert isinstance(net.module, GraphModule)
+    return {name: q.scale.detach() for name, q in quantizers(net.module).items()}
+
+
+def accuracy(net: Network | Callable[[Tensor], Tensor], batches: Batches) -> float:
+    with torch.no_grad():
+        hits = [(net(x).argmax(1) == y).double().mean() for x, y in batches]
+    return float(torch.stack(hits).mean())
+
+
+def test_post_training_keeps_the_networks_answers(trained: Network, batches: Batches, host: Target):
+    before = {name: t.clone() for name, t in trained.state().items()}
+    net = quantize(trained, target=host, data=batches[:2], accelerator="cpu")
+    assert (net.scheme, trained.scheme) == (host.scheme, None)
+    assert all(torch.equal(before[name], t) for name, t in trained.state().items())
+    assert accuracy(trained, batches) > 0.95
+    assert abs(accuracy(net, batches) - accuracy(trained, batches)) < 0.02
+    with torch.no_grad():  # but they are other numbers: it is quantized
+        assert not torch.allclose(net(batches[0][0]), trained(batches[0][0]), atol=1e-4)
+
+
+@pytest.mark.parametrize("way", ["task", "teacher", "both"])
+def test_training_moves_weights_and_scales(
+    trained: Network, batches: Batches, host: Target, way: str
+):
+    options = {
+        "task": {"task": Classification()},
+        "teacher": {"teacher": trained},
+        "both": {"task": Classification(), "teacher": [trained, trained.module]},
+    }[way]
+    data = [x for x, _ in batches[:3]] if way == "teacher" else batches[:3]
+    start = quantize(trained, target=host, data=data, accelerator="cpu")
+    net = quantize(trained, target=host, data=data, epochs=2, accelerator="cpu", **options)
+    assert accuracy(net, batches) > 0.95
+    moved = [(scales(net)[name] != scale).any() for name, scale in scales(start).items()]
+    assert sum(map(bool, moved)) > 0.8 * len(moved)
+    weight = "stages.0.0.conv1.weight"
+    assert not torch.equal(net.state()[weight], start.state()[weight])
+    assert all((scale > 0).all() for scale in scales(net).values())
+
+
+def test_a_network_of_a_quantized_one_is_refused(
+    quantized: Network, batches: Batches, host: Target
+):
+    with pytest.raises(ModelError, match="quantized already"):
+        quantize(quantized, target=host, data=batches)
+
+
+def test_a_target_without_integers_is_refused(trained: Network, batches: Batches, host: Target):
+    floats = host.model_copy(update={"scheme": None, "precisions": ("fp32",)})
+    with pytest.raises(TargetError, match="runs no integers; export the float network"):
+        quantize(trained, target=floats, data=batches)
+
+
+def test_a_network_with_nothing_to_quantize_is_refused(host: Target):
+    net = Network(nn.Sigmoid(), torch.zeros(1, 3, 8, 8))
+    with pytest.raises(ModelError, match=r"no operator that host-onnxruntime runs in integers"):
+        quantize(net, target=host, data=[torch.zeros(2, 3, 8, 8)])

@@ -1,0 +1,256 @@
+"""verify: passes what is sound, fails what is not, and says where; never passes unchecked."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from numpy.typing import NDArray
+from onnx import numpy_helper
+from torch import Tensor, nn
+
+from edgekd.errors import DataError
+from edgekd.network import Network
+from edgekd.runtimes.base import Artifact
+from edgekd.stages import verify as stage
+from edgekd.stages.export import export
+from edgekd.stages.verify import Parity, verify
+from edgekd.target import Target
+from edgekd.tasks.classification import Classification
+
+Batches = list[tuple[Tensor, Tensor]]
+
+
+@pytest.mark.parametrize("with_task", [True, False])
+def test_a_sound_integer_artifact_passes(
+    int8_artifact: Artifact, quantized: Network, batches: Batches, with_task: bool
+):
+    task = Classification() if with_task else None
+    parity = verify(int8_artifact, quantized, data=batches, task=task)
+    assert (parity.gate, parity.reasons, parity.worst_tensors) == ("passed", (), ())
+    assert (parity.verifier, parity.n, parity.integer_share) == ("native", 6 * 64, 1.0)
+    assert parity.agreement is not None
+    assert parity.agreement >= 0.995
+    assert parity.mean_steps is not None and parity.max_steps is not None
+    assert 0 < parity.mean_steps < parity.max_steps < 4
+    assert parity.relative_error is None
+    if with_task:
+        assert parity.metric is not None and parity.reference_metric is not None
+        with torch.no_grad():
+            hits = sum(int((quantized(x).argmax(1) == y).sum()) for x, y in batches)
+        assert parity.reference_metric.value == hits / (6 * 64)
+    else:
+        assert parity.metric is None
+
+
+def test_a_sound_float_artifact_passes(fp32_artifact: Artifact, trained: Network, batches: Batches):
+    parity = verify(fp32_artifact, trained, data=batches, task=Classification())
+    assert (parity.gate, parity.agreement) == ("passed", 1.0)
+    assert parity.relative_error is not None
+    assert parity.relative_error < 1e-4
+    assert parity.max_steps is parity.integer_share is None
+
+
+def test_figures_are_numpys(int8_artifact: Artifact, quantized: Network, batches: Batches):
+    import onnxruntime as ort
+
+    session = ort.InferenceSession(int8_artifact.path, providers=["CPUExecutionProvider"])
+    theirs = np.concatenate([session.run(None, {"input": x.numpy()})[0] for x, _ in batches])
+    with torch.no_grad():
+        ours = np.concatenate([quantized(x).numpy() for x, _ in batches])
+    steps = np.abs(theirs - ours) / (np.abs(ours).max() / 127)  # the output is float
+    parity = verify(int8_artifact, quantized, data=batches)
+    assert parity.max_steps == pytest.approx(float(steps.max()), rel=1e-3)
+    assert parity.mean_steps == pytest.approx(float(steps.mean()), rel=1e-3)
+    assert parity.agreement == (theirs.argmax(1) == ours.argmax(1)).mean()
+
+
+# ---- what is not sound ---------------------------------------------------------------------------
+
+
+def tampered(artifact: Artifact, folder: Path, change: Any) -> Artifact:
+    """A copy of the artifact whose model went through `change`."""
+    path = folder / "model.onnx"
+    shutil.copy(artifact.path, path)
+    model = onnx.load(path)
+    change(model)
+    onnx.save(model, path)
+    return artifact.model_copy(update={"path": path})
+
+
+def multiply_scale(tensor: str, factor: float = 3) -> Any:
+    """Change the scale of one quantized activation, where it is dequantized."""
+
+    def change(model: onnx.ModelProto) -> None:
+        (node,) = [n for n in model.graph.node if n.output[0] == f"quant.{tensor}"]
+        (scale,) = [c for c in model.graph.initializer if c.name == node.input[1]]
+        array = numpy_helper.to_array(scale) * np.float32(factor)
+        model.graph.initializer.append(numpy_helper.from_array(array, "tampered"))
+        node.input[1] = "tampered"
+
+    return change
+
+
+def activations(artifact: Artifact) -> list[str]:
+    """Quantized activations in the order of the file."""
+    outputs = (n.output[0] for n in onnx.load(artifact.path).graph.node)
+    return [o.removeprefix("quant.") for o in outputs if o.startswith("quant.")]
+
+
+@pytest.fixture(scope="module")
+def faint(batches: Batches) -> list[Tensor]:
+    """The test images under more noise, so that a small error changes an answer."""
+    generator = torch.Generator().manual_seed(1)
+    return [0.3 * x + torch.randn(x.shape, generator=generator) for x, _ in batches]
+
+
+@pytest.mark.parametrize("index", range(9))
+def test_a_tampered_scale_fails_and_is_ranked_first(
+    int8_artifact: Artifact, quantized: Network, faint: list[Tensor], index: int, tmp_path: Path
+):
+    assert verify(int8_artifact, quantized, data=faint, agreement=0.99).gate == "passed"
+    tensors = activations(int8_artifact)
+    broken = tampered(int8_artifact, tmp_path, multiply_scale(tensors[index]))
+    parity = verify(broken, quantized, data=faint, agreement=0.99)
+    assert parity.gate == "failed"
+    assert parity.reasons
+    names = [d.tensor.removeprefix("quant.") for d in parity.worst_tensors]
+    assert sorted(names) == sorted(tensors)
+    assert names[0] == tensors[index]
+    # what comes before it is sound
+    means = {d.tensor.removeprefix("quant."): d.mean_steps for d in parity.worst_tensors}
+    assert max((means[t] for t in tensors[:index]), default=0.0) < 0.25 < 10 < means[names[0]]
+
+
+def test_float_layers_in_an_integer_artifact_fail(
+    int8_artifact: Artifact, quantized: Network, batches: Batches, tmp_path: Path
+):
+    def change(model: onnx.ModelProto) -> None:
+        """The head reads what its input's quantizer would have read."""
+        (head,) = [n for n in model.graph.node if n.op_type == "Gemm"]
+        made_by = {name: n for n in model.graph.node for name in n.output}
+        quantize = made_by[made_by[head.input[0]].input[0]]
+        head.input[0] = quantize.input[0]
+
+    broken = tampered(int8_artifact, tmp_path, change)
+    parity = verify(broken, quantized, data=batches)
+    assert parity.gate == "failed"
+    assert parity.reasons == ("6 of 7 matrix operators run in integers",)
+    assert parity.integer_share == pytest.approx(6 / 7)
+    assert verify(broken, quantized, data=batches, integer_share=0.8).gate == "passed"
+
+
+def test_outputs_that_are_not_finite_fail(
+    fp32_artifact: Artifact, trained: Network, batches: Batches, tmp_path: Path
+):
+    def change(model: onnx.ModelProto) -> None:
+        for constant in model.graph.initializer:
+            array: NDArray[Any] = numpy_helper.to_array(constant)
+            if array.shape == (4,):  # the head's bias
+                array = array.copy()
+                array[2] = np.nan
+                constant.CopyFrom(numpy_helper.from_array(array, constant.name))
+
+    broken = tampered(fp32_artifact, tmp_path, change)
+    parity = verify(broken, trained, data=batches, task=Classification())
+    assert parity.gate == "failed"
+    assert "the artifact's outputs are not finite" in parity.reasons
+    Parity.model_validate_json(parity.model_dump_json())  # what is written can be read again
+
+
+def test_an_inner_tensor_that_is_not_finite_is_ranked_first_and_written_as_json(
+    int8_artifact: Artifact, quantized: Network, batches: Batches, tmp_path: Path
+):
+    tensor = activations(int8_artifact)[4]
+    broken = tampered(int8_artifact, tmp_path, multiply_scale(tensor, np.nan))
+    parity = verify(broken, quantized, data=batches)
+    assert parity.gate == "failed"
+    again = Parity.model_validate_json(parity.model_dump_json())
+    assert again.worst_tensors[0].tensor == f"quant.{tensor}"
+
+
+def test_a_worse_metric_fails(
+    fp32_artifact: Artifact, trained: Network, batches: Batches, tmp_path: Path
+):
+    def change(model: onnx.ModelProto) -> None:
+        for constant in model.graph.initializer:
+            array = numpy_helper.to_array(constant)
+            if array.shape == (4, 16):  # the head's weights, two classes exchanged
+                swapped = array[[1, 0, 2, 3]].copy()
+                constant.CopyFrom(numpy_helper.from_array(swapped, constant.name))
+
+    broken = tampered(fp32_artifact, tmp_path, change)
+    parity = verify(broken, trained, data=batches, task=Classification())
+    assert parity.gate == "failed"
+    assert [r.partition(" ")[0] for r in parity.reasons] == ["agreement", "top-1"]
+    assert parity.metric is not None and parity.reference_metric is not None
+    assert parity.metric.value < 0.7 < parity.reference_metric.value
+
+
+# ---- what was not checked ------------------------------------------------------------------------
+
+
+def test_without_labels_the_metric_is_unchecked(
+    int8_artifact: Artifact, quantized: Network, batches: Batches
+):
+    parity = verify(int8_artifact, quantized, data=[x for x, _ in batches], task=Classification())
+    assert parity.gate == "unchecked"
+    assert parity.reasons == ("metric: the data has no labels",)
+    assert parity.agreement is not None
+
+
+def test_outputs_that_no_one_can_compare_are_unchecked(host: Target, tmp_path: Path):
+    torch.manual_seed(0)
+    net = Network(nn.Conv2d(3, 4, 1), torch.zeros(1, 3, 8, 8))
+    artifact = export(net, target=host, out=tmp_path)
+    parity = verify(artifact, net, data=[torch.randn(4, 3, 8, 8)])
+    assert parity.gate == "unchecked"
+    assert parity.reasons == ("agreement: outputs are not (N, K) scores; give a task",)
+    assert parity.agreement is None
+    assert parity.relative_error is not None
+    assert parity.relative_error < 1e-5
+
+
+def test_without_the_runtime_nothing_is_checked(
+    int8_artifact: Artifact, quantized: Network, batches: Batches, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(sys.modules, "openvino", None)  # importing it raises ImportError
+    elsewhere = int8_artifact.model_copy(update={"target": "intel-cpu"})
+    parity = verify(elsewhere, quantized, data=batches, task=Classification())
+    assert (parity.gate, parity.verifier, parity.n) == ("unchecked", None, 0)
+    assert parity.reasons == ("openvino is not installed; run: pip install 'edgekd[openvino]'",)
+    assert parity.agreement is None
+
+
+def test_another_devices_artifact_is_emulated(
+    int8_artifact: Artifact, quantized: Network, batches: Batches, monkeypatch: pytest.MonkeyPatch
+):
+    asked: list[bool] = []
+    get_runtime = stage.get_runtime
+
+    def watched(name: str) -> Any:
+        runtime = get_runtime(name)
+        load = runtime.load
+
+        def loaded(path: Path, *, threads: int, emulated: bool = False) -> Any:
+            asked.append(emulated)
+            return load(path, threads=threads, emulated=emulated)
+
+        monkeypatch.setattr(runtime, "load", loaded, raising=False)
+        return runtime
+
+    monkeypatch.setattr(stage, "get_runtime", watched)
+    phone = int8_artifact.model_copy(update={"target": "android-arm64"})
+    parity = verify(phone, quantized, data=batches, task=Classification())
+    assert (parity.gate, parity.verifier, asked) == ("passed", "emulated", [True])
+
+
+def test_no_samples_no_parity(fp32_artifact: Artifact, trained: Network):
+    with pytest.raises(DataError, match="no batch"):
+        verify(fp32_artifact, trained, data=[])
