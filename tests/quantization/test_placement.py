@@ -138,6 +138,11 @@ CASES = {
         ["x", "conv2d", "max_pool2d", "max_pool2d_1", "conv2d_1"], AB,
         [["conv2d", "max_pool2d", "max_pool2d_1"]],
     ),
+    "max pool behind a relu6": Case(
+        lambda m, x: m.b(F.max_pool2d(m.relu6(m.a(x)), 2)),
+        ["x", "hardtanh", "max_pool2d", "conv2d_1"], AB, [["hardtanh", "max_pool2d"]],
+        {"hardtanh": 6},
+    ),
     "max pool at the end stays float": Case(
         lambda m, x: F.max_pool2d(m.a(x), 2), ["x", "conv2d"]
     ),
