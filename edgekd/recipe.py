@@ -83,7 +83,7 @@ class QuantizeSection(_Training):
     calibration: Count = 512
     observer: Observer = "mse"
     alpha: Share = 0.9
-    lr: Positive = 3e-4
+    lr: Positive = 3e-3
     weight_decay: NotNegative = 1e-4
 
 
@@ -92,6 +92,7 @@ class VerifySection(_Section):
 
     agreement: Share = 0.995
     metric_gap: Share = 0.001
+    mean_steps: Positive = 1.0
     integer_share: Share = 1.0
 
 

@@ -54,7 +54,8 @@ def fit(
 ) -> None:
     """Train `net` in place: warm-up, then cosine to zero.
 
-    A float network with SGD and Nesterov momentum, a quantized one with AdamW.
+    A float network with SGD and Nesterov momentum, a quantized one with Adafactor, whose
+    learning rate is relative to the size of each tensor.
 
     Args:
         terms: from a batch and the outputs to the weighted terms of the loss.
@@ -152,8 +153,9 @@ def _optimizer(net: Network, lr: float, weight_decay: float) -> torch.optim.Opti
     ]
     if net.scheme is None:
         return torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True)
-    # with BatchNorm folded, one rate does not fit the gradients of all layers: Adam's does
-    return torch.optim.AdamW(groups, lr=lr)
+    # With BatchNorm folded, gradients differ in size from layer to layer, and scales are a
+    # thousandth of weights: Adafactor's step (arXiv:1804.04235) is a share of each tensor's size.
+    return torch.optim.Adafactor(groups, lr=lr)
 
 
 def _schedule(share: float) -> float:

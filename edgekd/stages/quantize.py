@@ -33,7 +33,7 @@ def quantize(
     observer: Observer = "mse",
     alpha: float = 0.9,
     batch_size: int = 128,
-    lr: float = 3e-4,
+    lr: float = 3e-3,
     weight_decay: float = 1e-4,
     seed: int = 0,
     accelerator: str = "auto",

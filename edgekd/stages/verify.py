@@ -78,6 +78,7 @@ def verify(
     task: Task | None = None,
     agreement: float = 0.995,
     metric_gap: float = 0.001,
+    mean_steps: float = 1.0,
     integer_share: float = 1.0,
 ) -> Parity:
     """Run the artifact and the Network over the whole test split and compare.
@@ -87,6 +88,8 @@ def verify(
             largest score and no metric is asked for.
         agreement: least share of samples with the same answer.
         metric_gap: largest difference of the metric, as a share of 1.
+        mean_steps: largest mean difference of an INT8 artifact's outputs, in steps; sound ones
+            are below 0.2, and classes far apart hide much more from the agreement.
         integer_share: least share of integer matrix operators, for an INT8 artifact.
     """
     target = Target.load(artifact.target)
@@ -126,7 +129,11 @@ def verify(
     if artifact.precision == "int8":
         difference = [np.abs(a - b) / _step(b, net) for a, b in zip(theirs, ours, strict=True)]
         figures["max_steps"] = max(float(d.max()) for d in difference)
-        figures["mean_steps"] = float(np.mean([d.mean() for d in difference]))
+        figures["mean_steps"] = mean = float(np.mean([d.mean() for d in difference]))
+        if not mean <= mean_steps:  # NaN fails too
+            failed.append(
+                f"outputs differ by {mean:.3g} steps in the mean; {mean_steps:g} is allowed"
+            )
         integer, total = session.integer_share()
         figures["integer_share"] = share = integer / max(1, total)
         if share < integer_share:
