@@ -32,7 +32,8 @@ def check(original: nn.Module, pruned: nn.Module, kept: Kept, inputs: Sequence[T
     expected, _, _ = _run(reference, inputs)
     found, where, error = _run(copy.deepcopy(pruned).eval(), inputs)
     if error is not None:
-        raise _failure(where, error)
+        raise _failure(where, error, found)
+    last = ""
     for path, outputs in expected.items():
         out = kept.get(path, {}).get("out")
         for ours, theirs in zip(found.get(path, []), outputs, strict=True):
@@ -44,11 +45,12 @@ def check(original: nn.Module, pruned: nn.Module, kept: Kept, inputs: Sequence[T
                 raise ModelError(
                     f"after pruning, {path or 'the output'} no longer computes what it did "
                     "without the removed channels: torch-pruning mistook an operation before it. "
-                    + _remedy(path)
+                    + _remedy(path, last)
                 )
-    _, where, error = _run(copy.deepcopy(pruned).train(), inputs)
+        last = path
+    found, where, error = _run(copy.deepcopy(pruned).train(), inputs)
     if error is not None and _run(copy.deepcopy(original).train(), inputs)[2] is None:
-        raise _failure(where, error, "in training mode ")
+        raise _failure(where, error, found, "in training mode ")
 
 
 def _silence(layer: nn.Module, sides: Mapping[Side, Tensor]) -> None:
@@ -92,15 +94,23 @@ def _run(
     return outputs, "", None
 
 
-def _failure(path: str, error: Exception, mode: str = "") -> ModelError:
+def _failure(
+    path: str, error: Exception, run: dict[str, list[Tensor]], mode: str = ""
+) -> ModelError:
     """The model's own line is the last one outside of torch."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename]
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if "/torch/" not in frame.filename and frame.filename != __file__
+    ]
     line = f" ({frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line})" if frames else ""
     return ModelError(
         f"the pruned network fails {mode}in {path or 'its own forward'}{line}: {error}. "
-        "It may expect a fixed number of channels. " + _remedy(path)
+        "It may expect a fixed number of channels. " + _remedy(path, next(reversed(run), ""))
     )
 
 
-def _remedy(path: str) -> str:
-    return f"Keep the layers there whole: ignore=({path or 'module.path'!r},)"
+def _remedy(path: str, last: str) -> str:
+    """Name the module at fault, and the layer that ran before it if that is not within it."""
+    names = [path] if path and last.startswith(f"{path}.") else [path, last]
+    return f"Keep the layers there whole: ignore={tuple(name for name in names if name)!r}"

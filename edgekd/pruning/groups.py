@@ -8,11 +8,14 @@ the whole network once, and the chosen channels are removed at once.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 import torch_pruning
 from torch import Tensor, nn
@@ -41,7 +44,7 @@ class Group:
     Attributes:
         path: the layer that produces them.
         members: every layer side that holds them.
-        importance: (C,) of each channel.
+        importance: (C,) of each channel: how large it is made times how much of it is read.
         unit: (C,) channels with the same number go together: those that share a group of a
             grouped convolution.
         fixed: why none of them can be removed; empty if they can.
@@ -60,7 +63,7 @@ class Group:
 
     def step(self, multiple: int) -> int:
         """Channels are kept in multiples of this."""
-        return math.lcm(multiple, self.channels // len(self.unit.unique()))
+        return math.lcm(multiple, self.channels // len(set(self.unit.tolist())))
 
     def turning_points(self, multiple: int) -> list[float]:
         """Ratios above which one step fewer is kept."""
@@ -68,7 +71,7 @@ class Group:
             return []
         step = self.step(multiple)
         sizes = [*range(step, self.channels, step), self.channels]
-        return [1 - (a + b) / 2 / self.channels for a, b in zip(sizes, sizes[1:], strict=False)]
+        return [1 - (a + b) / 2 / self.channels for a, b in pairwise(sizes)]
 
     def size(self, ratio: float, multiple: int) -> int:
         """Channels to keep: the nearest whole step, at least one; or all of them."""
@@ -80,11 +83,13 @@ class Group:
 
     def removed(self, ratio: float, multiple: int) -> Tensor:
         """The least important channels, whole units of them."""
-        names, unit = self.unit.unique(return_inverse=True)
-        worth = torch.zeros(len(names)).index_add(0, unit, self.importance)
         drop = self.channels - self.size(ratio, multiple)
-        units = worth.argsort(stable=True)[: drop * len(names) // self.channels]
-        return torch.isin(unit, units).nonzero().flatten()
+        if not drop:
+            return torch.zeros(0, dtype=torch.long)
+        names, unit = np.unique(self.unit, return_inverse=True)
+        worth = np.bincount(unit, self.importance)
+        units = worth.argsort(kind="stable")[: drop * len(names) // self.channels]
+        return torch.from_numpy(np.isin(unit, units)).nonzero().flatten()
 
 
 class _Graph(torch_pruning.DependencyGraph):  # type: ignore[misc]
@@ -100,9 +105,7 @@ class _Graph(torch_pruning.DependencyGraph):  # type: ignore[misc]
         return super().get_pruner_of_module(module)
 
 
-def find_groups(
-    module: nn.Module, inputs: Sequence[Tensor], ignore: Iterable[str]
-) -> list[Group]:
+def find_groups(module: nn.Module, inputs: Sequence[Tensor], ignore: Iterable[str]) -> list[Group]:
     """All groups of channels; a layer that the outputs do not depend on is a fixed one.
 
     Args:
@@ -113,7 +116,9 @@ def find_groups(
     graph, starts = _trace(module, inputs)
     paths = {id(m): path for path, m in module.named_modules()}
     untouchable = {
-        id(m): f"{path} is in ignore" for path in ignore for m in module.get_submodule(path).modules()
+        id(m): f"{path} is in ignore"
+        for path in ignore
+        for m in module.get_submodule(path).modules()
     } | _tied(module)
     groups: list[Group] = []
     covered: dict[int, set[int]] = {}
@@ -145,9 +150,9 @@ def kept_channels(module: nn.Module, groups: list[Group], ratio: float, multiple
             indices = member.indices[torch.isin(member.channels, removed)]
             gone.setdefault((member.path, member.side), []).append(indices)
     kept: dict[str, dict[Side, Tensor]] = {}
-    for (path, side), indices in gone.items():
+    for (path, side), parts in gone.items():
         stays = torch.ones(width(module.get_submodule(path), side), dtype=torch.bool)
-        stays[torch.cat(indices)] = False
+        stays[torch.cat(parts)] = False
         kept.setdefault(path, {})[side] = stays.nonzero().flatten()
     return kept
 
@@ -196,7 +201,7 @@ def _group(
     n = len(channels)
     group = Group(path, unit=torch.arange(n), importance=torch.zeros(n))
     position = {channel: k for k, channel in enumerate(channels)}
-    terms: list[tuple[Tensor, Tensor]] = []
+    worth: dict[Side, Tensor] = {"out": torch.zeros(n), "in": torch.zeros(n)}
     blocks: list[tuple[Tensor, Tensor, int]] = []
     for item in tied:
         node, layer = item.dep.target, item.dep.target.module
@@ -218,16 +223,19 @@ def _group(
         at = torch.tensor([position[root] for root in item.root_idxs])
         group.members.append(Member(paths[id(layer)], side, indices, at))
         blocks.append((indices, at, group_width(layer)))
-        if (worth := _worth(node, side)) is not None:
-            terms.append((at, worth[indices]))
+        if (norms := _squared_norms(node, side)) is not None:
+            # every layer has the same say, whatever the size of its weights
+            added = torch.zeros(n).index_add(0, at, norms[indices])
+            worth[side] += added / added.mean().clamp(min=1e-30)
     if not _bind(group, blocks):
         group.fixed = "a grouped convolution ties them to channels from elsewhere"
-    for at, worth in terms:
-        group.importance += _mean_one(torch.zeros(n).index_add(0, at, worth))
+    # a channel that is not produced, or that nobody reads, is worth nothing
+    made, read = (w if w.any() else torch.ones(n) for w in worth.values())
+    group.importance = made * read
     return group
 
 
-def _worth(node: Any, side: Side) -> Tensor | None:
+def _squared_norms(node: Any, side: Side) -> Tensor | None:
     """Squared L2 norm of each channel's weights, (channels of the layer,).
 
     A convolution that a BatchNorm follows counts as if that were folded: the norm of its filters
@@ -242,14 +250,14 @@ def _worth(node: Any, side: Side) -> Tensor | None:
         return None
     axis = layout.axes["weight"].index(side)
     rows = weight.detach().float().transpose(0, axis).reshape(weight.shape[axis], -1)
-    worth: Tensor = rows.square().sum(1)
+    norms: Tensor = rows.square().sum(1)
     if isinstance(layer, _ConvNd) and side == "out" and _feeds(node.outputs, _BatchNorm):
         norm = node.outputs[0].module
         if norm.running_var is not None:
-            worth = worth / (norm.running_var + norm.eps)
+            norms = norms / (norm.running_var + norm.eps)
         if norm.weight is not None:
-            worth = worth * norm.weight.detach().square()
-    return worth
+            norms = norms * norm.weight.detach().square()
+    return norms
 
 
 def _feeds(neighbours: list[Any], kind: type[nn.Module]) -> bool:
@@ -257,16 +265,10 @@ def _feeds(neighbours: list[Any], kind: type[nn.Module]) -> bool:
     return len(neighbours) == 1 and isinstance(neighbours[0].module, kind)
 
 
-def _mean_one(values: Tensor) -> Tensor:
-    """Every layer has the same say, whatever the size of its weights."""
-    mean = values.mean()
-    return values / mean if mean > 0 else values
-
-
 def _bind(group: Group, blocks: list[tuple[Tensor, Tensor, int]]) -> bool:
     """Give channels that share a group of a grouped convolution one unit; False: not possible."""
     grouped = [(indices // width, at, width) for indices, at, width in blocks if width > 1]
-    if any((block.unique(return_counts=True)[1] != width).any() for block, _, width in grouped):
+    if any(set(Counter(block.tolist()).values()) != {width} for block, _, width in grouped):
         return False
     previous = torch.zeros(0)
     while not torch.equal(previous, group.unit):
@@ -275,7 +277,7 @@ def _bind(group: Group, blocks: list[tuple[Tensor, Tensor, int]]) -> bool:
             first = torch.full((int(block.max()) + 1,), group.channels)
             first.scatter_reduce_(0, block, group.unit[at], "amin")
             group.unit[at] = first[block]
-    return len(group.unit.unique(return_counts=True)[1].unique()) == 1
+    return len(set(Counter(group.unit.tolist()).values())) == 1
 
 
 def _tied(module: nn.Module) -> dict[int, str]:

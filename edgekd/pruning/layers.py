@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import is_parametrized
 
 from edgekd.errors import StateError
 
@@ -55,6 +56,8 @@ def layout_of(layer: nn.Module) -> Layout | None:
     channels the others would change. So is a layer with tensors that are not of its kind
     (a parametrization, a gain of its own).
     """
+    if is_parametrized(layer):
+        return None
     if isinstance(layer, _ConvNd):
         layout = _TRANSPOSED if layer.transposed else _CONV
         if layer.groups > 1:
@@ -100,14 +103,14 @@ def select(layer: nn.Module, kept: Mapping[Side, Tensor]) -> dict[str, int]:
     for name, tensor in _tensors(layer):
         value = tensor.detach()
         for axis, side in enumerate(layout.axes.get(name, ())):
-            if side in kept:
+            if side is not None and side in kept:
                 value = value.index_select(axis, kept[side].to(value.device))
         _replace(layer, name, value)
     changed = {name: len(kept[side]) for name, side in layout.attributes.items() if side in kept}
     if layout is _GROUPED:
         changed["groups"] = len(kept["out"]) // group_width(layer)
-    for name, value in changed.items():
-        setattr(layer, name, value)
+    for name, count in changed.items():
+        setattr(layer, name, count)
     return changed
 
 
