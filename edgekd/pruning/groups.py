@@ -17,11 +17,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch_pruning
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
-from torch_pruning import ops
 
 from edgekd.errors import ModelError
 from edgekd.pruning.layers import Kept, Side, group_width, layout_of, width
@@ -92,19 +90,6 @@ class Group:
         return torch.from_numpy(np.isin(unit, units)).nonzero().flatten()
 
 
-class _Graph(torch_pruning.DependencyGraph):  # type: ignore[misc]
-    """Grouped convolutions lose whole groups, as depthwise ones do.
-
-    torch-pruning would thin out every group alike. That leaves odd group widths, and a multiple of
-    8 only where the number of groups is one already (RegNet's 13 groups never are).
-    """
-
-    def get_pruner_of_module(self, module: Any) -> Any:
-        if isinstance(module, _ConvNd) and module.groups > 1:
-            return self.REGISTERED_PRUNERS[ops.OPTYPE.DEPTHWISE_CONV]
-        return super().get_pruner_of_module(module)
-
-
 def find_groups(module: nn.Module, inputs: Sequence[Tensor], ignore: Iterable[str]) -> list[Group]:
     """All groups of channels; a layer that the outputs do not depend on is a fixed one.
 
@@ -157,8 +142,22 @@ def kept_channels(module: nn.Module, groups: list[Group], ratio: float, multiple
     return kept
 
 
-def _trace(module: nn.Module, inputs: Sequence[Tensor]) -> tuple[_Graph, set[Any]]:
+def _trace(module: nn.Module, inputs: Sequence[Tensor]) -> tuple[Any, set[Any]]:
     """The dependency graph, and the autograd nodes of the network's inputs."""
+    import torch_pruning  # takes a second
+
+    class Graph(torch_pruning.DependencyGraph):  # type: ignore[misc]
+        """Grouped convolutions lose whole groups, as depthwise ones do.
+
+        torch-pruning would thin out every group alike. That leaves odd group widths, and a
+        multiple of 8 only where the number of groups is one (RegNet's 13 groups never are).
+        """
+
+        def get_pruner_of_module(self, module: Any) -> Any:
+            if isinstance(module, _ConvNd) and module.groups > 1:
+                return self.REGISTERED_PRUNERS[self.ops.OPTYPE.DEPTHWISE_CONV]
+            return super().get_pruner_of_module(module)
+
     module.eval().requires_grad_()
     leaves = [x.requires_grad_() if x.is_floating_point() else x for x in inputs]
     starts: set[Any] = set()
@@ -172,7 +171,7 @@ def _trace(module: nn.Module, inputs: Sequence[Tensor]) -> tuple[_Graph, set[Any
 
     try:
         with torch.enable_grad():
-            graph = _Graph().build_dependency(module, inputs, forward_fn=forward, verbose=False)
+            graph = Graph().build_dependency(module, inputs, forward_fn=forward, verbose=False)
     except Exception as error:  # a ZeroDivisionError, say, at ShuffleNet's channel shuffle
         raise ModelError(
             f"torch-pruning {version('torch-pruning')} cannot follow {type(module).__name__}: "
@@ -182,14 +181,14 @@ def _trace(module: nn.Module, inputs: Sequence[Tensor]) -> tuple[_Graph, set[Any
     return graph, starts
 
 
-def _side(graph: _Graph, dep: Any) -> Side:
+def _side(graph: Any, dep: Any) -> Side:
     pruner = graph.get_pruner_of_module(dep.target.module)
     through = pruner.prune_in_channels == pruner.prune_out_channels
     return "in" if dep.handler == pruner.prune_in_channels and not through else "out"
 
 
 def _group(
-    graph: _Graph,
+    graph: Any,
     tied: Any,
     channels: list[int],
     path: str,
@@ -205,7 +204,7 @@ def _group(
     blocks: list[tuple[Tensor, Tensor, int]] = []
     for item in tied:
         node, layer = item.dep.target, item.dep.target.module
-        if node.type == ops.OPTYPE.OUTPUT:
+        if node.type == graph.ops.OPTYPE.OUTPUT:
             group.fixed = "outputs of the network"
         elif node.grad_fn in starts:
             group.fixed = "tied to the network's inputs"
@@ -238,7 +237,7 @@ def _group(
 def _squared_norms(node: Any, side: Side) -> Tensor | None:
     """Squared L2 norm of each channel's weights, (channels of the layer,).
 
-    A convolution that a BatchNorm follows counts as if that were folded: the norm of its filters
+    A layer that a BatchNorm follows counts as if that were folded: the norm of its filters
     alone says nothing, because the BatchNorm undoes it (Li et al. 2017, arXiv:1608.08710, prune by
     the filter's norm; Liu et al. 2017, arXiv:1708.06519, by BatchNorm's scale).
     """
@@ -246,12 +245,17 @@ def _squared_norms(node: Any, side: Side) -> Tensor | None:
     layout = layout_of(layer)
     assert layout is not None
     weight = getattr(layer, "weight", None)
-    if weight is None or (isinstance(layer, _BatchNorm) and _feeds(node.inputs, _ConvNd)):
+    folded = isinstance(layer, _BatchNorm) and _feeds(node.inputs, (_ConvNd, nn.Linear))
+    if weight is None or folded or isinstance(layer, nn.PReLU):
         return None
     axis = layout.axes["weight"].index(side)
     rows = weight.detach().float().transpose(0, axis).reshape(weight.shape[axis], -1)
     norms: Tensor = rows.square().sum(1)
-    if isinstance(layer, _ConvNd) and side == "out" and _feeds(node.outputs, _BatchNorm):
+    if (
+        isinstance(layer, (_ConvNd, nn.Linear))
+        and side == "out"
+        and _feeds(node.outputs, _BatchNorm)
+    ):
         norm = node.outputs[0].module
         if norm.running_var is not None:
             norms = norms / (norm.running_var + norm.eps)
@@ -260,7 +264,7 @@ def _squared_norms(node: Any, side: Side) -> Tensor | None:
     return norms
 
 
-def _feeds(neighbours: list[Any], kind: type[nn.Module]) -> bool:
+def _feeds(neighbours: list[Any], kind: type | tuple[type, ...]) -> bool:
     """Whether there is one neighbour alone, of that kind."""
     return len(neighbours) == 1 and isinstance(neighbours[0].module, kind)
 

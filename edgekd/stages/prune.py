@@ -129,7 +129,7 @@ def check_goal(ratio: float | None, macs: float | None, params: float | None) ->
     if ratio is not None and not 0 <= ratio < 1:
         raise RecipeError(f"prune: ratio is {ratio:g}; it is the share removed: 0 to below 1")
     name, value = next(iter(given.items()))
-    if not ratio and name != "ratio" and not value > 0:
+    if name != "ratio" and not value > 0:
         raise RecipeError(
             f"prune: {name} is {value:g}; give a count, or a float up to 1.0: the share to keep"
         )
