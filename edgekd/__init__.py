@@ -2,7 +2,7 @@
 
 The verbs take keywords only, never change what they are given, and read like the pipeline:
 
-    distill → quantize → export → verify → profile, or all of them: run
+    distill → prune → quantize → export → verify → profile, or all of them: run
 """
 
 __version__ = "0.1.0"
@@ -18,6 +18,7 @@ from edgekd.runtimes.base import Artifact
 from edgekd.stages.distill import distill
 from edgekd.stages.export import export
 from edgekd.stages.profile import profile
+from edgekd.stages.prune import prune
 from edgekd.stages.quantize import quantize
 from edgekd.stages.verify import Parity, verify
 from edgekd.target import QuantScheme, Target
@@ -41,6 +42,7 @@ __all__ = [
     "export",
     "get_task",
     "profile",
+    "prune",
     "quantize",
     "run",
     "verify",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from edgekd.errors import ModelError, StateError, describe_invalid
 from edgekd.models.build import Build, build_module
+from edgekd.pruning.layers import Resized, resize
 from edgekd.target import QuantScheme
 
 FORMAT = 1
@@ -63,7 +64,8 @@ class Network:
     """A module with what is known of its inputs and outputs.
 
     `scheme is None`: an eager float module. Otherwise the captured, folded, fake-quantized and
-    trainable graph for that scheme.
+    trainable graph for that scheme. `resized` (module path -> attribute -> value) says where
+    `prune` made the module narrower than its factory does.
 
     Args:
         module: any `nn.Module` that takes tensors of (N, ...) and returns a tensor, or a tuple
@@ -95,6 +97,7 @@ class Network:
         self.module = module
         self.build = build
         self.scheme: QuantScheme | None = None
+        self.resized: Resized = {}
         self._programs: dict[bool, torch.export.ExportedProgram] = {}
         names = ["input"] if len(examples) == 1 else [f"input{i}" for i in range(len(examples))]
         self.io = IO(
@@ -271,6 +274,7 @@ class Network:
         spec = {
             "format": FORMAT,
             "build": None if self.build is None else self.build.model_dump(mode="json"),
+            "resized": self.resized,
             "io": self.io.model_dump(mode="json"),
             "quant": quant,
         }
@@ -284,7 +288,7 @@ class Network:
     def load(
         folder: str | Path, *, module: nn.Module | None = None, trust: bool = False
     ) -> Network:
-        """Rebuild what `save` wrote: build → (capture → fold → place) → strict load.
+        """Rebuild what `save` wrote: build → resize → (capture → fold → place) → strict load.
 
         Args:
             folder: holds `spec.json` and `weights.safetensors`.
@@ -302,6 +306,10 @@ class Network:
             build = None if spec["build"] is None else Build(**spec["build"])
             quant = spec["quant"]
             scheme = None if quant is None else QuantScheme(**quant["scheme"])
+            # absent from what versions without `prune` saved
+            resized = TypeAdapter(dict[str, dict[str, int]]).validate_python(
+                spec.get("resized", {}), strict=True
+            )
         except ValidationError as error:
             raise StateError(f"{folder}/spec.json: {describe_invalid(error, IO)}") from None
         except (KeyError, TypeError) as error:
@@ -313,8 +321,10 @@ class Network:
                     "Network.load(path, module=...)"
                 )
             module = build_module(build, trust=trust, origin=f"{folder}/spec.json")
+        if resized:
+            resize(module, resized, f"{folder}/spec.json")
         net = Network(module, io.example(2), build=build)
-        net.io = io
+        net.io, net.resized = io, resized
         if scheme is not None:
             from edgekd.quantization.capture import capture
             from edgekd.quantization.placement import digest, place

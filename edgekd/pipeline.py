@@ -1,7 +1,7 @@
 """run: a recipe's tree of stages, each in a folder named by all that went into it.
 
-    teacher ─► distill ─┬─► export <target> fp32 ─┐
-                        └─► quantize <scheme> ─► export <target> int8 ─► profile <target> ─► report
+    teacher ─► distill ─► [prune] ─┬─► export <target> fp32 ─┐
+                                   └─► quantize <scheme> ─► export <target> int8 ─► profile <target>
 
 A stage whose folder is done is skipped; one with a checkpoint goes on from it. Targets that want
 the same integers share one quantize stage.
@@ -13,6 +13,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import math
 import platform
 import shutil
 from collections.abc import Callable, Iterator
@@ -30,7 +31,7 @@ from edgekd.errors import RecipeError, StateError
 from edgekd.latency.measuring import Measurement, host_name
 from edgekd.models.build import build_module, load_weights
 from edgekd.network import Network, write_atomically
-from edgekd.recipe import Recipe, StudentSection
+from edgekd.recipe import PruneSection, Recipe, StudentSection
 from edgekd.reporting.progress import console
 from edgekd.reporting.report import (
     ArtifactRow,
@@ -46,6 +47,7 @@ from edgekd.runtimes.base import Artifact, get_runtime
 from edgekd.stages.distill import distill
 from edgekd.stages.export import export
 from edgekd.stages.profile import profile_together
+from edgekd.stages.prune import prune
 from edgekd.stages.quantize import quantize
 from edgekd.stages.verify import Parity, verify
 from edgekd.target import QuantScheme, Target, host_instruction_set
@@ -53,7 +55,7 @@ from edgekd.tasks.base import Score, Task, get_task
 from edgekd.training import evaluate, fabric
 
 # raised when a stage's meaning changes, so that folders of older versions are not taken for it
-STAGE_VERSIONS = {"teacher": 1, "distill": 1, "quantize": 1, "export": 1}
+STAGE_VERSIONS = {"teacher": 1, "distill": 1, "prune": 1, "quantize": 1, "export": 1}
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,9 @@ class _Run:
         teacher = self.teacher()
         student = self.student(teacher)
         stages = [self._row("student", student, "distilled from the teacher")]
+        if self.recipe.prune is not None:
+            student = self.pruned(self.recipe.prune, student, teacher)
+            stages.append(self._row("pruned", student, self._prune_note(self.recipe.prune)))
         quantized: dict[QuantScheme, Node] = {}
         for target in self.targets:
             scheme = target.scheme
@@ -182,6 +187,26 @@ class _Run:
 
         inputs = self._inputs(section, options) | {"teacher": teacher.key}
         return self._stage("distill", inputs, make)
+
+    def pruned(self, section: PruneSection, student: Node, teacher: Node) -> Node:
+        """Narrowed to widths that all targets take, and retrained if `epochs`."""
+        multiples = [target.channel_multiple.value for target in self.targets]
+        options = section.model_dump()
+        options["round_to"] = section.round_to or math.lcm(*multiples)
+
+        def make(run: RunDir) -> Network:
+            return prune(
+                student.net, task=self.task, data=self.data, teacher=teacher.net,
+                seed=self.recipe.seed, run=run, **options,
+            )  # fmt: skip
+
+        inputs = {
+            "student": student.key,
+            "teacher": teacher.key,
+            "options": options,
+            "torch-pruning": version("torch-pruning"),
+        }
+        return self._stage("prune", inputs, make)
 
     def quantized(self, target: Target, student: Node, teacher: Node) -> Node:
         """Quantized for the target's scheme; trained with the teacher if `epochs`."""
@@ -383,6 +408,12 @@ class _Run:
         trained = f"trained here for {section.epochs} epochs" if section.epochs else ""
         given = f"weights from {section.weights}" if section.weights else ""
         return ", then ".join(part for part in (given, trained) if part)
+
+    def _prune_note(self, section: PruneSection) -> str:
+        goals = section.model_dump(include={"ratio", "macs", "params"}, exclude_none=True)
+        goal = ", ".join(f"{name} = {value:g}" for name, value in goals.items())
+        retrained = f"retrained for {section.epochs} epochs" if section.epochs else "not retrained"
+        return f"{goal}, {retrained}"
 
     def _quantize_note(self) -> str:
         epochs = self.recipe.quantize.epochs

@@ -8,11 +8,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from edgekd.errors import RecipeError, describe_invalid, nearest
 from edgekd.models.build import Build
 from edgekd.quantization.fake_quant import Observer
+from edgekd.stages.prune import check_goal
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -76,6 +77,24 @@ class DistillSection(_Training):
     alpha: Share = 0.9
 
 
+class PruneSection(_Training):
+    """Keywords of `edgekd.prune`; without `round_to`, what all of the targets take."""
+
+    ratio: float | None = None
+    macs: int | float | None = None
+    params: int | float | None = None
+    round_to: Count | None = None
+    ignore: tuple[str, ...] = ()
+    epochs: Annotated[int, Field(ge=0)] = 0
+    alpha: Share = 0.9
+    lr: Positive = 0.05
+
+    @model_validator(mode="after")
+    def _one_goal(self) -> PruneSection:
+        check_goal(self.ratio, self.macs, self.params)
+        return self
+
+
 class QuantizeSection(_Training):
     """Keywords of `edgekd.quantize`."""
 
@@ -115,6 +134,7 @@ class Recipe(_Section):
     teacher: TeacherSection | None = None
     student: StudentSection
     distill: DistillSection
+    prune: PruneSection | None = None
     quantize: QuantizeSection = QuantizeSection()
     verify: VerifySection = VerifySection()
     profile: ProfileSection = ProfileSection()
