@@ -519,7 +519,7 @@ def test_quantize_learns_from_labels_alone(host):
             return float(np.mean([TASK.loss(o, t) for o, t in predict(
                 quantized, DATA, on=fabric("cpu"))]))  # fmt: skip
 
-    common = {"target": host, "data": DATA, "task": TASK, "batch_size": 16, "lr": 0.02}
+    common = {"target": host, "data": DATA, "task": TASK, "batch_size": 16, "lr": 0.1}
     untrained = loss(quantize(net, **common))
     assert untrained > 0.8 * math.log(4)
     assert loss(quantize(net, **common, epochs=6)) < 0.6 * untrained
