@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.fx import GraphModule
 
 from edgekd import __version__
 from edgekd.data.base import Data
@@ -31,6 +32,7 @@ from edgekd.errors import RecipeError, StateError
 from edgekd.latency.measuring import Measurement, host_name
 from edgekd.models.build import build_module, load_weights
 from edgekd.network import Network, write_atomically
+from edgekd.quantization.placement import describe, left_in_float
 from edgekd.recipe import PruneSection, Recipe, StudentSection
 from edgekd.reporting.progress import console
 from edgekd.reporting.report import (
@@ -118,7 +120,7 @@ class _Run:
             if scheme is not None and scheme not in quantized:
                 quantized[scheme] = node = self.quantized(target, student, teacher)
                 name = f"quantized{'' if len(quantized) == 1 else f' {len(quantized)}'}"
-                stages.append(self._row(name, node, self._quantize_note()))
+                stages.append(self._row(name, node, self._quantize_note(node)))
         rows: list[ArtifactRow] = []
         latencies: list[Latency] = []
         for target in self.targets:
@@ -415,9 +417,12 @@ class _Run:
         retrained = f"retrained for {section.epochs} epochs" if section.epochs else "not retrained"
         return f"{goal}, {retrained}"
 
-    def _quantize_note(self) -> str:
+    def _quantize_note(self, node: Node) -> str:
         epochs = self.recipe.quantize.epochs
-        return f"distilled in integers for {epochs} epochs" if epochs else "post-training"
+        note = f"distilled in integers for {epochs} epochs" if epochs else "post-training"
+        assert isinstance(node.net.module, GraphModule)
+        floating = left_in_float(node.net.module)
+        return note + (f"; {describe(floating)} in float" if floating else "")
 
 
 def _choose(

@@ -1,12 +1,13 @@
 """Where quantizers go: one table of operators, read with the target's scheme.
 
-An operator that is not in the table stays in float and is counted (`Placement.floating`).
+An operator that is not in the table stays in float and is counted (`left_in_float`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from typing import Any, Literal
 
 import torch
@@ -208,6 +209,32 @@ def quantizers(graph_module: GraphModule) -> dict[str, FakeQuant]:
                 seen.add(id(module))
                 found[arguments(node)[0].name] = module
     return found
+
+
+def left_in_float(graph_module: GraphModule) -> Counter[str]:
+    """Operators of a placed graph that compute in float -> how many.
+
+    Left out are those that only move or reshape numbers, and activations that their producer's
+    kernel takes along.
+    """
+    integer: set[Node] = set()
+    count: Counter[str] = Counter()
+    for node in graph_module.graph.nodes:
+        if node.op != "call_function":
+            continue
+        kind = KINDS.get(node.target)
+        fed = any(source.op == "call_module" for source in node.all_input_nodes)
+        fused = upper_bound(node) is not None and arguments(node)[0] in integer
+        if (kind is not None and fed) or fused:
+            integer.add(node)
+        elif kind != "pass" and isinstance(node.meta.get("val"), torch.Tensor):
+            count[str(node.target.__name__).partition(".")[0]] += 1
+    return count
+
+
+def describe(operators: Counter[str]) -> str:
+    """`9 hardsigmoid, 19 hardswish`."""
+    return ", ".join(f"{count} {name}" for name, count in sorted(operators.items()))
 
 
 def quantized_activations(graph_module: GraphModule) -> list[str]:

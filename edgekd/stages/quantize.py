@@ -14,7 +14,8 @@ from edgekd.network import Network
 from edgekd.quantization.calibration import calibrate, settle
 from edgekd.quantization.capture import capture
 from edgekd.quantization.fake_quant import Observer
-from edgekd.quantization.placement import place, quantizers
+from edgekd.quantization.placement import describe, left_in_float, place, quantizers
+from edgekd.reporting.progress import console
 from edgekd.rundir import RunDir
 from edgekd.target import Target
 from edgekd.tasks.base import Task
@@ -67,6 +68,8 @@ def quantize(
             f"{net!r} has no operator that {target.name} runs in integers "
             f"({', '.join(target.scheme.ops)})"
         )
+    if floating := left_in_float(graph):
+        console.print(f"quantize: in float stay {describe(floating)}")
     on = fabric(accelerator)
     graph.to(on.device)
     inputs = [x.to(on.device) for x in _calibration_inputs(data, calibration)]

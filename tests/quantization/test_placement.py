@@ -17,12 +17,14 @@ from torch.fx import GraphModule
 from edgekd.quantization.capture import capture
 from edgekd.quantization.placement import (
     KINDS,
+    describe,
     digest,
+    left_in_float,
     place,
     quantized_activations,
     quantizers,
 )
-from edgekd.target import QuantScheme
+from edgekd.target import QuantScheme, Target
 
 Function = Callable[[Any, Tensor], Tensor]
 
@@ -301,3 +303,21 @@ def test_the_digest_tells_placements_apart_and_not_weights(scheme: QuantScheme):
         of(lambda m, x: F.relu(m.a(x) + x), ops=("conv",)),
     ]
     assert len({plain, *others}) == 1 + len(others)
+
+
+class HalfKnown(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.hardswish(torch.relu(self.first(x)))
+        return torch.softmax(self.second(y).flatten(1), 1)
+
+
+def test_operators_that_the_table_does_not_know_are_counted():
+    scheme = Target.load("host-onnxruntime").scheme
+    graph = place(capture(HalfKnown(), [torch.zeros(2, 3, 6, 6)]), scheme)
+    counted = left_in_float(graph)
+    assert counted == {"hardswish": 1, "softmax": 1}
+    assert describe(counted) == "1 hardswish, 1 softmax"
