@@ -97,6 +97,7 @@ def _version(
 
 def main() -> None:
     """Entry point: errors of ours and of the system end in one line, not in a traceback."""
+    sys.path.insert(0, str(Path.cwd()))  # package.module:callable is found beside the recipe
     try:
         app()
     except EdgekdError as error:

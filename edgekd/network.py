@@ -115,7 +115,7 @@ class Network:
         )
 
     def _output_names(self, examples: tuple[Tensor, ...]) -> tuple[str, ...]:
-        was_training = self.module.training
+        modes = {module: module.training for module in self.module.modules()}
         self.module.eval()
         try:
             with torch.no_grad():
@@ -126,7 +126,8 @@ class Network:
                 f"{type(self.module).__name__} fails on the example inputs {shapes}: {error}"
             ) from error
         finally:
-            self.module.train(was_training)
+            for module, training in modes.items():
+                module.training = training
         if isinstance(out, Mapping):
             return tuple(out)
         count = 1 if isinstance(out, Tensor) else len(out)

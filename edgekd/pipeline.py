@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import json
 import math
+import os
 import platform
 import shutil
 from collections.abc import Callable, Iterator
@@ -30,7 +31,7 @@ from edgekd.data.base import Data
 from edgekd.data.readers import read_data
 from edgekd.errors import RecipeError, StateError
 from edgekd.latency.measuring import Measurement, host_name
-from edgekd.models.build import build_module, load_weights
+from edgekd.models.build import build_module, load_weights, source_sha256
 from edgekd.network import Network, write_atomically
 from edgekd.quantization.placement import describe, left_in_float
 from edgekd.recipe import PruneSection, Recipe, StudentSection
@@ -83,7 +84,14 @@ def run(recipe: Recipe | str | Path, *, out: str | Path = "runs", fresh: bool = 
     """
     if not isinstance(recipe, Recipe):
         recipe = Recipe.load(recipe)
+    if os.environ.get("LT_CLI_USED"):
+        raise RecipeError(
+            "a recipe runs in one process; call edgekd.distill from your own script "
+            "to train on several devices"
+        )
     targets = [Target.load(name) for name in recipe.targets]
+    for target in targets:
+        get_runtime(target.runtime).version()  # a missing package is found before any training
     folder = Path(out) / recipe.name
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
@@ -124,7 +132,8 @@ class _Run:
         rows: list[ArtifactRow] = []
         latencies: list[Latency] = []
         for target in self.targets:
-            nodes = [student] + ([quantized[target.scheme]] if target.scheme else [])
+            nodes = [student] if "fp32" in target.precisions else []
+            nodes += [quantized[target.scheme]] if target.scheme else []
             of_target, of_teacher = self.artifacts(target, nodes, teacher)
             rows += of_target
             latencies += of_teacher
@@ -160,7 +169,7 @@ class _Run:
     def teacher(self) -> Node:
         """Given by its weights, trained further if `epochs`; or trained from scratch."""
         section = self.recipe.teacher
-        if section is None or (section.weights is None and not section.epochs):
+        if section is None or not (section.weights or section.epochs or section.brings_weights):
             raise RecipeError(
                 "teacher: there is none; give teacher.model with teacher.weights (a trained "
                 "state dict) or teacher.epochs (to train it here)"
@@ -256,6 +265,7 @@ class _Run:
             weights = hashlib.sha256(section.weights.read_bytes()).hexdigest()
         return {
             "build": section.build().model_dump(mode="json"),
+            "source": source_sha256(section.build()),
             "weights": weights,
             "options": options,
         }
@@ -269,12 +279,14 @@ class _Run:
         done = [self._exported(target, node) for node in nodes]
         measured: list[Measurement | None] = [None] * len(done)
         latencies = []
-        if target.verifier == "native" and all(parity.verifier for _, _, parity in done):
-            beside = self._exported(target, teacher, checked=False)
-            folders = [folder for folder, _, _ in (*done, beside)]
-            *of_artifacts, of_teacher = self._measured(target, folders)
-            measured = list(of_artifacts)
-            latencies = [Latency(target=target.name, latency_p50_ms=of_teacher.p50_ms)]
+        if target.native_here:
+            folders = [folder for folder, _, _ in done]
+            if "fp32" in target.precisions:
+                folders.append(self._exported(target, teacher, checked=False)[0])
+            timed = self._measured(target, folders)
+            measured = list(timed[: len(done)])
+            for of_teacher in timed[len(done) :]:
+                latencies.append(Latency(target=target.name, latency_p50_ms=of_teacher.p50_ms))
         ships, why = _choose(target, [parity for _, _, parity in done], measured)
         rows = []
         for index, (folder, artifact, parity) in enumerate(done):

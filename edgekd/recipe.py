@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from edgekd.errors import RecipeError, describe_invalid, nearest
-from edgekd.models.build import Build
+from edgekd.models.build import FETCHES, Build
 from edgekd.quantization.fake_quant import Observer
 from edgekd.stages.prune import check_goal
 
@@ -58,6 +58,11 @@ class StudentSection(_Section):
     model: str
     kwargs: dict[str, Any] = {}
     weights: Path | None = None
+
+    @property
+    def brings_weights(self) -> bool:
+        """Whether the model may come trained: from a hub, or from the user's own callable."""
+        return ":" in self.model or bool(FETCHES & self.kwargs.keys())
 
     def build(self) -> Build:
         """What rebuilds the module."""

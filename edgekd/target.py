@@ -7,9 +7,9 @@ import platform
 import tomllib
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from edgekd.errors import TargetError, describe_invalid, nearest
 
@@ -41,6 +41,12 @@ class QuantScheme(_Frozen):
     outputs: bool
     ops: tuple[Literal["conv", "linear", "add", "concat", "pool"], ...]
 
+    @model_validator(mode="after")
+    def _possible(self) -> QuantScheme:
+        if self.activation_symmetric and self.activation_dtype != "int8":
+            raise ValueError("symmetric activations are int8; their zero point is 0")
+        return self
+
     def fits(self, other: QuantScheme) -> bool:
         """Whether a network trained for this scheme can be exported to `other` without loss.
 
@@ -60,7 +66,7 @@ class Source(_Frozen):
 class ChannelMultiple(_Frozen):
     """Widths that the device's kernels like; `source` is "default" where none is known."""
 
-    value: int
+    value: Annotated[int, Field(ge=1)]
     source: str
 
 
@@ -71,6 +77,8 @@ class Target(_Frozen):
         runtime: key of the table of runtimes ("onnxruntime", "openvino").
         verifier: "native": this host has the device's kernels; "emulated": it has not, and the
             artifact is run in ONNX Runtime with optimizations off.
+        machines: hosts whose kernels count as native, as `platform.machine()` names them;
+            empty: all.
         precisions: what the device runs, the preferred one last.
     """
 
@@ -80,10 +88,17 @@ class Target(_Frozen):
     runtime_version: str
     opset: int
     verifier: Literal["native", "emulated"]
+    machines: tuple[str, ...] = ()
     precisions: tuple[Literal["fp32", "int8"], ...]
     channel_multiple: ChannelMultiple
     scheme: QuantScheme | None = None
     source: tuple[Source, ...] = ()
+
+    @property
+    def native_here(self) -> bool:
+        """Whether this host's kernels are the device's: only then is a latency here its own."""
+        fits = not self.machines or platform.machine() in self.machines
+        return self.verifier == "native" and fits
 
     @staticmethod
     def load(name: str | Target) -> Target:
@@ -106,7 +121,7 @@ def target_names() -> list[str]:
     return sorted({p.stem for folder in _folders("targets") for p in folder.glob("*.toml")})
 
 
-def _folders(kind: Literal["targets", "profiles"]) -> list[Path]:
+def _folders(kind: Literal["targets"]) -> list[Path]:
     """Where `kind` is looked for: the user's folder, the wheel's data, the repository."""
     package = Path(__file__).parent
     candidates = [package / "_data" / kind, package.parent / kind]

@@ -106,7 +106,8 @@ def fit(
                 data, batch_size=batch_size, seed=seed, epoch=epoch, start=start
             )
             for index, batch in enumerate(batches, start):
-                share = (epoch + (index / steps if steps else 0.0)) / epochs
+                # without a length, one rate for each epoch: that of its middle
+                share = (epoch + (index / steps if steps else 0.5)) / epochs
                 for group in optimizer.param_groups:
                     group["lr"] = lr * _schedule(share)
                 torch.manual_seed(seed * 1_000_003 + epoch * 100_003 + index)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import inspect
 import pickle
 from pathlib import Path
 from typing import Any
@@ -46,7 +48,7 @@ def build_module(build: Build, *, trust: bool, origin: str) -> nn.Module:
     name = build.model
     try:
         module = _factory(name, trust=trust, origin=origin)(**build.kwargs)
-    except TypeError as error:
+    except (TypeError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"{origin}: {name} does not take {build.kwargs}: {error}") from None
     if not isinstance(module, nn.Module):
         raise ModelError(f"{origin}: {name} returned {type(module).__name__}, not an nn.Module")
@@ -73,12 +75,22 @@ def _factory(name: str, *, trust: bool, origin: str) -> Any:
         return lambda **kwargs: timm.create_model(model, **kwargs)
     if ":" in name:
         if not trust:
-            raise ModelError(f"{origin} names the callable {name!r}; --trust lets it run")
+            raise ModelError(
+                f"{origin} names the callable {name!r}; if you trust it, load with trust=True"
+            )
         return import_callable(name, origin)
     raise ModelError(
         f"{origin}: no model {name!r}; use {', '.join(FAMILIES)}, torchvision/NAME, timm/NAME or "
         "package.module:callable"
     )
+
+
+def source_sha256(build: Build) -> str | None:
+    """SHA-256 of the file that defines a `package.module:callable`; None for other models."""
+    if ":" not in build.model:
+        return None
+    file = inspect.getsourcefile(import_callable(build.model, "model"))
+    return None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 def import_callable(name: str, origin: str) -> Any:

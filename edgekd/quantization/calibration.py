@@ -62,7 +62,8 @@ def floor_weight_scales(graph: GraphModule) -> None:
         if node.target not in WEIGHTED or len(args) < 3:
             continue
         x, weight = (_quantizer(graph, n) for n in args[:2])
-        bias = tensor_of(graph, args[2])
+        stored = args[2] is not None and args[2].op == "get_attr"
+        bias = tensor_of(graph, args[2]) if stored else None
         if x is None or weight is None or bias is None:
             continue
         with torch.no_grad():

@@ -85,7 +85,7 @@ def capture(module: nn.Module, example_inputs: Sequence[Tensor]) -> GraphModule:
             f"got {[tuple(x.shape) for x in example_inputs]}"
         )
     # a copy: the captured graph shares its tensors with the module it came from
-    program = _export(copy.deepcopy(module).eval(), tuple(example_inputs))
+    program = _export(copy.deepcopy(module).cpu().eval(), tuple(example_inputs))
     graph_module = program.module(check_guards=False)
     assert isinstance(graph_module, GraphModule)
     _simplify(graph_module)
@@ -120,11 +120,26 @@ def export_graph(graph_module: GraphModule, inputs: Sequence[Tensor]) -> Any:
 
 
 def _simplify(graph_module: GraphModule) -> None:
-    """In-place operators become functional; operators that do nothing in eval mode go."""
+    """In-place operators become functional; operators that do nothing in eval mode go.
+
+    Raises:
+        ModelError: an in-place operator on part of a tensor, which has no functional form here.
+    """
+    order = {node: index for index, node in enumerate(graph_module.graph.nodes)}
     for node in list(graph_module.graph.nodes):
         if node.op != "call_function":
             continue
-        node.target = FUNCTIONAL.get(node.target, node.target)
+        if node.target in FUNCTIONAL:
+            source = arguments(node)[0]
+            for user in list(source.users):  # what reads the tensor later reads the new value
+                if order[user] > order[node]:
+                    user.replace_input_with(source, node)
+            if not node.users:
+                raise ModelError(
+                    f"{node.name} ({node.target}) changes part of a tensor in place; write it "
+                    "without the trailing underscore, with torch.cat or torch.where"
+                )
+            node.target = FUNCTIONAL[node.target]
         if node.target in IDENTITY:
             node.replace_all_uses_with(node.args[0])
             graph_module.graph.erase_node(node)
@@ -143,6 +158,8 @@ def fold_batchnorm(graph_module: GraphModule) -> int:
         layer = bn.args[0]
         if layer.target not in WEIGHTED or len(layer.users) > 1 or len(layer.args[1].users) > 1:
             continue
+        if any(n is not None and n.op != "get_attr" for n in layer.args[1:3]):
+            continue  # computed, as by weight_norm
         gamma, beta, mean, var = (tensor_of(graph_module, n) for n in bn.args[1:5])
         weight = tensor_of(graph_module, layer.args[1])
         bias = tensor_of(graph_module, layer.args[2]) if len(layer.args) > 2 else None

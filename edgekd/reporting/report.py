@@ -117,7 +117,7 @@ class Report(_Row):
         console.print(self._artifact_table())
         for row in self.artifacts:
             if row.ships:
-                console.print(f"{row.target}: ships {row.precision}, {row.why}")
+                console.print(f"{row.target}: ships {row.precision}, {escape(row.why)}")
         for row in self.artifacts:
             for reason in row.reasons:
                 console.print(f"{row.target} {row.precision} [bold]{row.gate}[/]: {escape(reason)}")
@@ -126,10 +126,10 @@ class Report(_Row):
             for worst in row.worst_tensors[:5]:
                 console.print(f"  {worst.tensor}: {worst.mean_steps:.3g}, {worst.max_steps:.3g}")
         console.print(f"{'all gates passed' if self.passed else 'NOT all gates passed'}")
-        console.print(f"report: {self.path}", soft_wrap=True)
+        console.print(f"report: {escape(self.path)}", soft_wrap=True)
 
     def _stage_table(self) -> Table:
-        note = f", {self.note}" if self.note else ""
+        note = f", {escape(self.note)}" if self.note else ""
         table = Table(
             title=f"{self.name}{note}: {self.metric_name} on {self.data.test:,} test images "
             f"(95 % interval), seed {self.seed}"
@@ -139,7 +139,7 @@ class Report(_Row):
         for row in (self.teacher, *self.stages):
             table.add_row(
                 row.name, _percent(row.metric, row.metric_ci95), f"{row.params:,}",
-                f"{row.macs / 1e6:.2f} M", row.note,
+                f"{row.macs / 1e6:.2f} M", escape(row.note),
             )  # fmt: skip
         return table
 

@@ -89,10 +89,9 @@ class Artifact(BaseModel):
 
 
 def fingerprint(path: Path) -> tuple[str, int]:
-    """SHA-256 and bytes of `path` and the files beside it with the same stem."""
+    """SHA-256 and bytes of `path`, and of the weights beside it if it is an OpenVINO IR."""
     digest, size = hashlib.sha256(), 0
-    path.stat()  # FileNotFoundError names it
-    for file in sorted(path.parent.glob(f"{path.stem}.*")):
+    for file in [path.with_suffix(".bin"), path] if path.suffix == ".xml" else [path]:
         content = file.read_bytes()
         digest.update(content)
         size += len(content)

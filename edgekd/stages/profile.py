@@ -55,7 +55,7 @@ def profile_together(
     target = Target.load(target)
     if device != "local":
         raise TargetError(f"device {device!r}: only 'local' can be measured by this version")
-    if target.verifier != "native":
+    if not target.native_here:
         raise TargetError(
             f"{target.name} is not this host ({host_name()}): a latency measured here would not "
             "be that device's. Copy the artifact there and measure it with its runtime"

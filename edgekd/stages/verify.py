@@ -95,6 +95,9 @@ def verify(
     target = Target.load(artifact.target)
     emulated = target.verifier == "emulated"
     common: dict[str, Any] = {"target": target.name, "precision": artifact.precision}
+    if not emulated and not target.native_here:
+        reason = f"{target.name} needs one of {', '.join(target.machines)}; this host is another"
+        return Parity(**common, verifier=None, gate="unchecked", reasons=(reason,))
     try:
         runtime = get_runtime("onnxruntime" if emulated else target.runtime)
         session = runtime.load(artifact.path, threads=torch.get_num_threads(), emulated=emulated)
