@@ -279,7 +279,7 @@ class _Run:
         done = [self._exported(target, node) for node in nodes]
         measured: list[Measurement | None] = [None] * len(done)
         latencies = []
-        if target.native_here:
+        if target.native_here and all(parity.verifier for _, _, parity in done):
             folders = [folder for folder, _, _ in done]
             if "fp32" in target.precisions:
                 folders.append(self._exported(target, teacher, checked=False)[0])

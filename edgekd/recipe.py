@@ -61,8 +61,8 @@ class StudentSection(_Section):
 
     @property
     def brings_weights(self) -> bool:
-        """Whether the model may come trained: from a hub, or from the user's own callable."""
-        return ":" in self.model or bool(FETCHES & self.kwargs.keys())
+        """Whether the model's own arguments fetch trained weights."""
+        return bool(FETCHES & self.kwargs.keys())
 
     def build(self) -> Build:
         """What rebuilds the module."""

@@ -279,7 +279,7 @@ def test_a_factory_from_elsewhere_runs_only_when_trusted(tmp_path: Path):
         "in_channels", "out_channels", "kernel_size")})  # fmt: skip
     net = Network(nn.Conv2d(3, 3, 3), torch.zeros(1, 3, 8, 8), build=build)
     net.save(tmp_path)
-    with pytest.raises(ModelError, match=r"names the callable 'torch\.nn:Conv2d'; --trust"):
+    with pytest.raises(ModelError, match=r"names the callable 'torch\.nn:Conv2d'; if you trust it"):
         Network.load(tmp_path)
     loaded = Network.load(tmp_path, trust=True)
     assert torch.equal(loaded.module.weight, net.module.weight)

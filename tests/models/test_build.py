@@ -36,7 +36,9 @@ def test_a_model_of_timm():
 
 
 def test_a_callable_runs_only_when_trusted():
-    with pytest.raises(ModelError, match=r"here names the callable 'torch\.nn:Linear'; --trust"):
+    with pytest.raises(
+        ModelError, match=r"here names the callable 'torch\.nn:Linear'; if you trust it"
+    ):
         built("torch.nn:Linear", in_features=3, out_features=2)
     module = built("torch.nn:Linear", trust=True, in_features=3, out_features=2)
     assert isinstance(module, nn.Linear)
