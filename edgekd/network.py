@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
@@ -115,19 +116,14 @@ class Network:
         )
 
     def _output_names(self, examples: tuple[Tensor, ...]) -> tuple[str, ...]:
-        modes = {module: module.training for module in self.module.modules()}
-        self.module.eval()
         try:
-            with torch.no_grad():
+            with eval_mode(self.module), torch.no_grad():
                 out = self.module(*examples)
         except Exception as error:
             shapes = [tuple(x.shape) for x in examples]
             raise ModelError(
                 f"{type(self.module).__name__} fails on the example inputs {shapes}: {error}"
             ) from error
-        finally:
-            for module, training in modes.items():
-                module.training = training
         if isinstance(out, Mapping):
             return tuple(out)
         count = 1 if isinstance(out, Tensor) else len(out)
@@ -340,6 +336,18 @@ class Network:
             net = net.quantized(graph, scheme)
         net.load_state(read_tensors(folder / "weights.safetensors"), str(folder))
         return net
+
+
+@contextlib.contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Within the block `module` is in eval mode; behind it, each part is in the mode it had."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
 
 
 def _read_spec(folder: Path) -> dict[str, Any]:

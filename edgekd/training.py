@@ -43,6 +43,7 @@ def fit(
     *,
     terms: Terms,
     data: BatchSource,
+    keyed: bool = False,
     epochs: int,
     batch_size: int,
     lr: float,
@@ -58,7 +59,9 @@ def fit(
     learning rate is relative to the size of each tensor.
 
     Args:
-        terms: from a batch and the outputs to the weighted terms of the loss.
+        terms: from a batch and the outputs to the weighted terms of the loss. If it is a module,
+            its parameters are trained along.
+        keyed: whether its batches carry keys, see `training_batches`.
         epochs: passes over `data`.
         lr: the highest learning rate, for a batch of `batch_size`.
         weight_decay: of weights; not of biases, normalisation and quantizers.
@@ -70,15 +73,20 @@ def fit(
     """
     # channels-last convolutions are 1.3 times as fast on the CPU, and what tensor cores want
     net.module.to(on.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = _optimizer(net, lr, weight_decay)
+    learnt = terms if isinstance(terms, torch.nn.Module) else torch.nn.Module()
+    learnt.to(on.device)
+    optimizer = _optimizer(net, learnt, lr, weight_decay)
     state = run.load_checkpoint() if run else None
     step, count = 0, 0
     sums: dict[str, Tensor] = {}  # of this epoch's terms
     if state is not None:
         step, count, sums = state["step"], state["count"], state["sums"]
         net.load_state(state["net"], "last.ckpt")
+        learnt.load_state_dict(state["terms"])
         optimizer.load_state_dict(state["optimizer"])
     module = on.setup_module(net.module)
+    if any(True for _ in learnt.parameters()):
+        terms = on.setup_module(learnt)
     stepper = on.setup_optimizers(optimizer)
     assert not isinstance(stepper, tuple)
 
@@ -91,6 +99,7 @@ def fit(
                     "count": count,
                     "sums": sums,
                     "net": weights,
+                    "terms": learnt.state_dict(),
                     "optimizer": optimizer.state_dict(),
                 }
             )
@@ -103,7 +112,7 @@ def fit(
     with Progress(label, None if steps is None else steps * epochs, done=step) as progress:
         for epoch in range(first_epoch, epochs):
             batches = training_batches(
-                data, batch_size=batch_size, seed=seed, epoch=epoch, start=start
+                data, batch_size=batch_size, seed=seed, epoch=epoch, start=start, keyed=keyed
             )
             for index, batch in enumerate(batches, start):
                 # without a length, one rate for each epoch: that of its middle
@@ -141,10 +150,12 @@ def fit(
     net.train_mode(False)
 
 
-def _optimizer(net: Network, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+def _optimizer(
+    net: Network, learnt: torch.nn.Module, lr: float, weight_decay: float
+) -> torch.optim.Optimizer:
     decayed: list[torch.nn.Parameter] = []
     free: list[torch.nn.Parameter] = []
-    for name, tensor in net.state().items():
+    for name, tensor in (*net.state().items(), *learnt.named_parameters()):
         if isinstance(tensor, torch.nn.Parameter) and tensor.requires_grad:
             plain = tensor.dim() < 2 or name.startswith("quant.")
             (free if plain else decayed).append(tensor)

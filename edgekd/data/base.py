@@ -238,7 +238,13 @@ BatchSource = Data | Iterable[Tensor | Sequence[Tensor]]
 
 
 def training_batches(
-    data: BatchSource, *, batch_size: int, seed: int, epoch: int, start: int = 0
+    data: BatchSource,
+    *,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    start: int = 0,
+    keyed: bool = False,
 ) -> Iterator[tuple[Tensor, ...]]:
     """The batches of one epoch, from step `start` on.
 
@@ -248,6 +254,8 @@ def training_batches(
 
     Args:
         data: `Data`, or an iterable of x or (x, y, ...).
+        keyed: with the keys of the samples as the last tensor, (N,) int64: each names one of the
+            images of `view_batches`. Only for `Data` whose `views` can be counted.
 
     Yields:
         From `Data`: (N, C, H, W) float32, normalised, and (N,) int64 labels. From an iterable:
@@ -257,7 +265,8 @@ def training_batches(
         DataError: a batch that is neither, holds NaN or infinity, or an iterable without any.
     """
     if isinstance(data, Data):
-        return _shuffled(data, batch_size, seed, epoch, start)
+        batches = _shuffled(data, batch_size, seed, epoch, start)
+        return batches if keyed else ((x, y) for x, y, _ in batches)
     return _coerced(data, "train", start)
 
 
@@ -274,6 +283,19 @@ def evaluation_batches(
     return _coerced(data, split, 0)
 
 
+def views(data: Data) -> int | None:
+    """How many images the augmentation can make of one; None where they are too many to keep."""
+    kinds = set(data.augment)
+    return 1 + len(kinds) if kinds <= {"flip"} else None
+
+
+def view_batches(data: Data, batch_size: int) -> Iterator[Tensor]:
+    """Inputs of all views of the training images, in the order of their keys."""
+    for view in range(views(data) or 0):
+        for x, _ in _in_order(data, "train", batch_size):
+            yield x.flip(-1) if view else x
+
+
 def train_steps(data: BatchSource, batch_size: int) -> int | None:
     """Number of training batches of an epoch; None for an iterable that does not know it."""
     if isinstance(data, Data):
@@ -286,14 +308,16 @@ def train_steps(data: BatchSource, batch_size: int) -> int | None:
 
 def _shuffled(
     data: Data, batch_size: int, seed: int, epoch: int, start: int
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     images = data.splits["train"]
     order = torch.randperm(len(images), generator=_generator(seed, epoch))
     for step in range(start, data.steps("train", batch_size)):
-        x, y = images.take(order[step * batch_size : (step + 1) * batch_size])
+        chosen = order[step * batch_size : (step + 1) * batch_size]
+        x, y = images.take(chosen)
         if data.augment:
-            x = _augmented(x, data.augment, _generator(seed, epoch, step))
-        yield _normalised(x, data.preprocessing), y
+            x, flipped = _augmented(x, data.augment, _generator(seed, epoch, step))
+            chosen = chosen + len(images) * flipped
+        yield _normalised(x, data.preprocessing), y, chosen
 
 
 def _in_order(data: Data, split: str, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -304,19 +328,21 @@ def _in_order(data: Data, split: str, batch_size: int) -> Iterator[tuple[Tensor,
         yield _normalised(x, data.preprocessing), y
 
 
-def _augmented(x: Tensor, augment: Sequence[str], generator: Generator) -> Tensor:
-    """Crop and flip in a single gather over the pixels of each padded plane."""
+def _augmented(x: Tensor, augment: Sequence[str], generator: Generator) -> tuple[Tensor, Tensor]:
+    """Crop and flip in a single gather over the pixels of each padded plane; and which flipped."""
     n, channels, height, width = x.shape
     border = max(1, height // 8) if "crop" in augment else 0
     top, left = torch.randint(2 * border + 1, (2, n, 1), generator=generator)
     columns = torch.arange(width).expand(n, width)
+    flipped = torch.zeros(n, 1, dtype=torch.bool)
     if "flip" in augment:
         flipped = torch.rand(n, 1, generator=generator) < 0.5
         columns = torch.where(flipped, columns.flip(1), columns)
     rows = (torch.arange(height) + top) * (width + 2 * border)
     pixels = rows[:, :, None] + (columns + left)[:, None, :]
     planes = pad(x, [border] * 4).flatten(2)
-    return planes.gather(2, pixels.view(n, 1, -1).expand(n, channels, -1)).view(x.shape)
+    augmented = planes.gather(2, pixels.view(n, 1, -1).expand(n, channels, -1)).view(x.shape)
+    return augmented, flipped[:, 0]
 
 
 def _normalised(x: Tensor, preprocessing: Preprocessing) -> Tensor:

@@ -1,57 +1,98 @@
-"""The terms that a student learns from: its labels, its teacher, or both."""
+"""The terms that a student learns from: its labels, its teacher's outputs, its teacher's inside."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from edgekd.errors import DataError, RecipeError
+from edgekd.knowledge.feature import Hint, relative_error
+from edgekd.knowledge.taps import Features
 from edgekd.knowledge.teachers import Teacher
 from edgekd.tasks.base import Task
-from edgekd.training import Terms
 
 
-def learning_terms(task: Task | None, teacher: Teacher | None, alpha: float) -> Terms:
-    """(1 − α) · supervised loss + α · distillation term, as far as there are labels and teacher.
+class LearningTerms(nn.Module):
+    """(1 − α) · supervised loss + α · distillation term + w · mean of the hints.
+
+    As far as there are labels, a teacher and hints. The regressors of the hints are its
+    parameters; they are trained along, and not part of any network.
 
     Args:
-        task: gives both terms. Without one, the student matches the teacher's outputs.
+        task: gives the first two terms. Without one, the student matches the teacher's outputs.
         teacher: without one, training is plain.
         alpha: share of the teacher, 0 to 1 (λ in Hinton et al. 2015 §2 is 1 − α).
-    """
-    if not 0 <= alpha <= 1:
-        raise RecipeError(f"alpha is {alpha}; it is the teacher's share of the loss, from 0 to 1")
-    if task is None and teacher is None:
-        raise RecipeError("nothing to learn from: give a task (labels), a teacher, or both")
+        hints: (student's path, teacher's path) -> the hint between the two.
+        hint_weight: w.
+        features: where the student's features of the current batch are found.
+        keyed: whether the last tensor of a batch is the keys of its samples.
 
-    def terms(batch: tuple[Tensor, ...], outputs: Any) -> dict[str, Tensor]:
+    Raises:
+        RecipeError: a weight out of range, or nothing to learn from.
+    """
+
+    def __init__(
+        self,
+        task: Task | None,
+        teacher: Teacher | None,
+        alpha: float,
+        *,
+        hints: Mapping[tuple[str, str], Hint] | None = None,
+        hint_weight: float = 1.0,
+        features: Features | None = None,
+        keyed: bool = False,
+    ) -> None:
+        super().__init__()
+        if not 0 <= alpha <= 1:
+            raise RecipeError(
+                f"alpha is {alpha}; it is the teacher's share of the loss, from 0 to 1"
+            )
+        if not 0 <= hint_weight < float("inf"):
+            raise RecipeError(f"hint_weight is {hint_weight}; give 0 or more")
+        if task is None and teacher is None:
+            raise RecipeError("nothing to learn from: give a task (labels), a teacher, or both")
+        self.task, self.teacher, self.alpha = task, teacher, alpha
+        self.pairs = list(hints or {})
+        self.hints = nn.ModuleList((hints or {}).values())
+        self.hint_weight, self.keyed = hint_weight, keyed
+        # not a copy: it is empty until the first batch
+        self.features = {} if features is None else features
+
+    def forward(self, batch: tuple[Tensor, ...], outputs: Any) -> dict[str, Tensor]:
+        """Weighted terms by name; `outputs` are the student's of this batch."""
+        keys = batch[-1] if self.keyed else None
+        labels = batch[1:-1] if self.keyed else batch[1:]
         values: dict[str, Tensor] = {}
-        share = 1.0 if teacher is None else 1 - alpha
-        if task is not None and share > 0:
-            if len(batch) < 2:
+        share = 1.0 if self.teacher is None else 1 - self.alpha
+        if self.task is not None and share > 0:
+            if not labels:
                 raise DataError(
                     "the task learns from labels, and batches are inputs alone; give batches "
                     "(x, labels), or alpha=1 to learn from the teacher only"
                 )
-            values["supervised"] = share * task.loss(outputs, batch[1:])
-        if teacher is not None:
-            wanted = teacher(batch[:1])
-            if task is None:
+            values["supervised"] = share * self.task.loss(outputs, labels)
+        if self.teacher is not None:
+            wanted, theirs = self.teacher(batch[:1], keys)
+            if self.task is None:
                 values["teacher"] = match_outputs(outputs, wanted)
             else:
-                values["teacher"] = alpha * task.distillation(outputs, wanted)
+                values["teacher"] = self.alpha * self.task.distillation(outputs, wanted)
+            if self.pairs:
+                each = [
+                    hint(self.features[ours], theirs[path])
+                    for (ours, path), hint in zip(self.pairs, self.hints, strict=True)
+                ]
+                values["hints"] = self.hint_weight * torch.stack(each).mean()
         return values
-
-    return terms
 
 
 def match_outputs(outputs: Any, teacher_outputs: Any) -> Tensor:
     """Mean squared error over the teacher's variance, mean over outputs; needs no task."""
     pairs = list(zip(_flat(outputs), _flat(teacher_outputs), strict=True))
-    errors = [((a - b) ** 2).mean() / b.var().clamp(min=1e-12) for a, b in pairs]
-    return torch.stack(errors).mean()
+    return torch.stack([relative_error(a, b) for a, b in pairs]).mean()
 
 
 def _flat(outputs: Any) -> list[Tensor]:

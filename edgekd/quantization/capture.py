@@ -183,6 +183,8 @@ def fold_batchnorm(graph_module: GraphModule) -> int:
             with graph_module.graph.inserting_after(layer.args[1]):
                 bias_node = graph_module.graph.get_attr(f"{owner}.bias".lstrip("."))
             layer.args = (*layer.args[:2], bias_node, *layer.args[3:])
+        # the output is BatchNorm's now, for whoever looks for it by its module path
+        layer.meta["nn_module_stack"] = bn.meta.get("nn_module_stack")
         bn.replace_all_uses_with(layer)
         graph_module.graph.erase_node(bn)
         folded += 1

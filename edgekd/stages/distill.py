@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from edgekd.data.base import BatchSource
 from edgekd.errors import ModelError
-from edgekd.knowledge.teachers import TeacherLike, as_teacher
-from edgekd.knowledge.terms import learning_terms
+from edgekd.knowledge.learning import learn
+from edgekd.knowledge.taps import Hints
+from edgekd.knowledge.teachers import TeacherLike
 from edgekd.network import Network
 from edgekd.rundir import RunDir
 from edgekd.tasks.base import Task
-from edgekd.training import fabric, fit
+from edgekd.training import fabric
 
 
 def distill(
@@ -22,6 +24,9 @@ def distill(
     teacher: TeacherLike | Sequence[TeacherLike] | None = None,
     epochs: int,
     alpha: float = 0.9,
+    hints: Hints = (),
+    hint_weight: float = 1.0,
+    cache: Path | None = None,
     batch_size: int = 128,
     lr: float = 0.1,
     weight_decay: float = 5e-4,
@@ -29,7 +34,7 @@ def distill(
     accelerator: str = "auto",
     run: RunDir | None = None,
 ) -> Network:
-    """A trained copy of `net`: from a teacher's responses (Hinton et al. 2015), or plainly.
+    """A trained copy of `net`: from a teacher (Hinton et al. 2015), or plainly.
 
     Args:
         net: a float network.
@@ -37,29 +42,26 @@ def distill(
         teacher: a Network, a module, a callable, or a list of these (averaged). None is plain
             training: teachers and control arms come out of the same function.
         alpha: the teacher's share of the loss; labels have the rest.
+        hints: inner tensors to learn from too (Romero et al. 2015): pairs of module paths, the
+            student's and the teacher's; one path alone stands for both. "auto": the ends of the
+            stages with equal resolution.
+        hint_weight: weight of the hints' term.
+        cache: a folder where the teacher's answers are kept, computed once for every image that
+            the augmentation can make (none or "flip"; 16 GiB at most). None asks it online.
         lr: highest learning rate of the cosine schedule.
         run: where to keep the log and the checkpoint to resume from.
 
     Raises:
-        ModelError: `net` is quantized already.
+        ModelError: `net` is quantized already, or a hint names no module.
         TrainingError: the loss is not finite.
     """
     if net.scheme is not None:
         raise ModelError("distill takes a float network; this one is quantized: use quantize")
     student = net.copy()
-    on = fabric(accelerator)
-    ask = None if teacher is None else as_teacher(teacher, on.device)
-    fit(
-        student,
-        terms=learning_terms(task, ask, alpha),
-        data=data,
-        epochs=epochs,
-        batch_size=batch_size,
-        lr=lr,
-        weight_decay=weight_decay,
-        seed=seed,
-        on=on,
-        label="training" if teacher is None else "distilling",
-        run=run,
-    )
+    learn(
+        student, original=student.module, task=task, data=data, teacher=teacher, alpha=alpha,
+        hints=hints, hint_weight=hint_weight, cache=cache, epochs=epochs, batch_size=batch_size,
+        lr=lr, weight_decay=weight_decay, seed=seed, on=fabric(accelerator),
+        label="training" if teacher is None else "distilling", run=run,
+    )  # fmt: skip
     return student

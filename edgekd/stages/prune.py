@@ -5,12 +5,14 @@ from __future__ import annotations
 import bisect
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from edgekd.data.base import BatchSource
 from edgekd.errors import ModelError, RecipeError, nearest
+from edgekd.knowledge.taps import Hints
 from edgekd.knowledge.teachers import TeacherLike
 from edgekd.network import Network
 from edgekd.pruning.check import check
@@ -39,6 +41,9 @@ def prune(
     teacher: TeacherLike | Sequence[TeacherLike] | None = None,
     epochs: int = 0,
     alpha: float = 0.9,
+    hints: Hints = (),
+    hint_weight: float = 1.0,
+    cache: Path | None = None,
     batch_size: int = 128,
     lr: float = 0.05,
     weight_decay: float = 5e-4,
@@ -62,8 +67,8 @@ def prune(
         round_to: channels are kept in multiples of this; 8 if neither it nor `target` is given.
         target: a Target or its name, for its `channel_multiple`.
         ignore: module paths; the layers there keep all their channels, inputs included.
-        task, data, teacher, alpha, batch_size, lr, weight_decay, seed, accelerator, run: of the
-            retraining, see `distill`.
+        task, data, teacher, alpha, hints, hint_weight, cache, batch_size, lr, weight_decay, seed,
+            accelerator, run: of the retraining, see `distill`.
         epochs: of retraining; 0 leaves it out.
 
     Raises:
@@ -109,8 +114,8 @@ def prune(
         assert task is not None and data is not None
         pruned = distill(
             pruned, task=task, data=data, teacher=teacher, epochs=epochs, alpha=alpha,
-            batch_size=batch_size, lr=lr, weight_decay=weight_decay, seed=seed,
-            accelerator=accelerator, run=run,
+            hints=hints, hint_weight=hint_weight, cache=cache, batch_size=batch_size, lr=lr,
+            weight_decay=weight_decay, seed=seed, accelerator=accelerator, run=run,
         )  # fmt: skip
     return pruned
 

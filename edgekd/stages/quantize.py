@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from torch import Tensor
 
 from edgekd.data.base import BatchSource, Data, evaluation_batches
 from edgekd.errors import ModelError, TargetError
-from edgekd.knowledge.teachers import TeacherLike, as_teacher
-from edgekd.knowledge.terms import learning_terms
+from edgekd.knowledge.learning import learn
+from edgekd.knowledge.taps import Hints
+from edgekd.knowledge.teachers import TeacherLike
 from edgekd.network import Network
 from edgekd.quantization.calibration import calibrate, settle
 from edgekd.quantization.capture import capture
@@ -19,7 +21,7 @@ from edgekd.reporting.progress import console
 from edgekd.rundir import RunDir
 from edgekd.target import Target
 from edgekd.tasks.base import Task
-from edgekd.training import fabric, fit
+from edgekd.training import fabric
 
 
 def quantize(
@@ -33,6 +35,9 @@ def quantize(
     calibration: int = 512,
     observer: Observer = "mse",
     alpha: float = 0.9,
+    hints: Hints = (),
+    hint_weight: float = 1.0,
+    cache: Path | None = None,
     batch_size: int = 128,
     lr: float = 3e-3,
     weight_decay: float = 1e-4,
@@ -52,6 +57,7 @@ def quantize(
         data: a Data, or batches; their inputs calibrate, and train if `epochs`.
         calibration: samples to set the first scales from.
         observer: "minmax" or "mse", see `calibrate`.
+        hints, hint_weight, cache: see `distill`; paths are those of the float network.
 
     Raises:
         TargetError: the target has no integers.
@@ -76,20 +82,12 @@ def quantize(
     calibrate(graph, inputs, observer)
     student = net.quantized(graph.to("cpu"), target.scheme)
     if epochs:
-        ask = None if teacher is None else as_teacher(teacher, on.device)
-        fit(
-            student,
-            terms=learning_terms(task, ask, alpha),
-            data=data,
-            epochs=epochs,
-            batch_size=batch_size,
-            lr=lr,
-            weight_decay=weight_decay,
-            seed=seed,
-            on=on,
-            label="quantized training" if teacher is None else "quantized distilling",
-            run=run,
-        )
+        learn(
+            student, original=net.module, task=task, data=data, teacher=teacher, alpha=alpha,
+            hints=hints, hint_weight=hint_weight, cache=cache, epochs=epochs,
+            batch_size=batch_size, lr=lr, weight_decay=weight_decay, seed=seed, on=on,
+            label="quantized training" if teacher is None else "quantized distilling", run=run,
+        )  # fmt: skip
         settle(graph)
     return student
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from edgekd.errors import RecipeError
-from edgekd.knowledge.terms import learning_terms, match_outputs
+from edgekd.knowledge.terms import LearningTerms, match_outputs
 from edgekd.tasks.classification import Classification
 
 RNG = np.random.default_rng(0)
@@ -29,14 +29,14 @@ def tempered_kl() -> float:
     return float(4 * (np.exp(q) * (q - p)).sum(1).mean())
 
 
-def teacher(inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+def teacher(inputs: tuple[torch.Tensor, ...], keys: torch.Tensor | None):
     assert len(inputs) == 1  # a teacher sees no labels
-    return torch.from_numpy(TEACHER)
+    return torch.from_numpy(TEACHER), {}
 
 
 def terms(task, ask, alpha: float) -> dict[str, float]:
     batch = (torch.zeros(6, 1), torch.from_numpy(LABELS))
-    found = learning_terms(task, ask, alpha)(batch, torch.from_numpy(STUDENT))
+    found = LearningTerms(task, ask, alpha)(batch, torch.from_numpy(STUDENT))
     return {name: float(value) for name, value in found.items()}
 
 
@@ -70,12 +70,12 @@ def test_without_a_task_the_outputs_are_matched():
 @pytest.mark.parametrize("alpha", [-0.01, 1.01, float("nan")])
 def test_alpha_is_a_share(alpha):
     with pytest.raises(RecipeError, match=f"alpha is {alpha}; .* from 0 to 1"):
-        learning_terms(TASK, teacher, alpha)
+        LearningTerms(TASK, teacher, alpha)
 
 
 def test_nothing_to_learn_from_is_refused():
     with pytest.raises(RecipeError, match=r"give a task .*, a teacher, or both"):
-        learning_terms(None, None, 0.5)
+        LearningTerms(None, None, 0.5)
 
 
 def test_matching_several_outputs_is_the_mean_of_each():

@@ -42,9 +42,10 @@ def test_candidates_come_out_in_the_order_of_their_cost():
 def test_candidates_run_in_turns():
     calls: list[str] = []
     time_in_turns({n: lambda n=n: calls.append(n) for n in "ab"}, runs=30, threads=1)
-    timed = calls[-60:]
-    assert timed == ["a", "b"] * 30
-    assert {"a", "b"} == set(calls[:-60])  # both were warmed up before
+    each = 1 + measuring.TURN_RUNS  # the first of a turn is not timed
+    turns = 30 // measuring.TURN_RUNS
+    assert calls[-2 * each * turns :] == (["a"] * each + ["b"] * each) * turns
+    assert {"a", "b"} == set(calls[: -2 * each * turns])  # both were warmed up before
 
 
 class Clocks:
@@ -76,7 +77,9 @@ def clocks(monkeypatch: pytest.MonkeyPatch) -> Clocks:
 
 def test_percentiles_are_numpys(clocks: Clocks):
     costs = [float(c) for c in np.random.default_rng(0).permutation(100) + 1]
-    queue = iter([1.0] * 10 + costs)  # the first ten are the warm-up
+    turns = np.reshape(costs, (-1, measuring.TURN_RUNS))
+    untimed = np.full((len(turns), 1), 300)  # the first of each turn
+    queue = iter([1.0] * 10 + list(np.hstack([untimed, turns]).flat))  # first the warm-up
 
     def call() -> None:
         cost = next(queue)
@@ -116,12 +119,12 @@ def test_a_function_that_sleeps_is_timed_by_its_cpu_time():
     assert timing.p50_ms < 5
 
 
-def test_slow_candidates_end_early_but_not_before_twenty_turns(clocks: Clocks):
+def test_slow_candidates_end_early_but_not_before_twenty_runs(clocks: Clocks):
     slow = time_in_turns({"a": lambda: clocks.spend(3000, 3000)}, runs=300, threads=1)["a"]
     assert slow.runs == 20
-    # 0.5 s a turn: the first turn that begins more than 20 s after the start is not run
+    # 3 s a turn: the first turn that begins more than 20 s after the start is not run
     middling = time_in_turns({"a": lambda: clocks.spend(500, 500)}, runs=300, threads=1)["a"]
-    assert middling.runs == 41
+    assert middling.runs == 35
     fast = time_in_turns({"a": lambda: clocks.spend(1, 1)}, runs=300, threads=1)["a"]
     assert fast.runs == 300
 
