@@ -38,6 +38,7 @@ from edgekd.recipe import PruneSection, Recipe, StudentSection
 from edgekd.reporting.progress import console
 from edgekd.reporting.report import (
     ArtifactRow,
+    ControlRow,
     DataRow,
     Latency,
     Report,
@@ -54,8 +55,8 @@ from edgekd.stages.prune import prune
 from edgekd.stages.quantize import quantize
 from edgekd.stages.verify import Parity, verify
 from edgekd.target import QuantScheme, Target, host_instruction_set
-from edgekd.tasks.base import Score, Task, get_task
-from edgekd.training import evaluate, fabric
+from edgekd.tasks.base import Difference, Score, Task, get_task
+from edgekd.training import evaluate, fabric, gather, predict
 
 # raised when a stage's meaning changes, so that folders of older versions are not taken for it
 STAGE_VERSIONS = {"teacher": 1, "distill": 1, "prune": 1, "quantize": 1, "export": 1}
@@ -107,6 +108,9 @@ class _Run:
         options = recipe.task.model_dump()
         self.task: Task = get_task(options.pop("name"), **options)
         self.data: Data = read_data(**recipe.data.model_dump())
+        self._learning: dict[str, Any] = {
+            "task": self.task, "data": self.data, "seed": recipe.seed, "cache": folder / "cache"
+        }  # fmt: skip
         self.versions = {
             "edgekd": __version__,
             "python": platform.python_version(),
@@ -117,18 +121,25 @@ class _Run:
     def report(self) -> Report:
         """Every stage in order, then the report."""
         teacher = self.teacher()
-        student = self.student(teacher)
+        distilled = student = self.student(teacher)
         stages = [self._row("student", student, "distilled from the teacher")]
         if self.recipe.prune is not None:
             student = self.pruned(self.recipe.prune, student, teacher)
             stages.append(self._row("pruned", student, self._prune_note(self.recipe.prune)))
         quantized: dict[QuantScheme, Node] = {}
+        controls: list[ControlRow] = []
+        if self.recipe.controls:
+            controls = self.controls(teacher, distilled, student)
         for target in self.targets:
             scheme = target.scheme
-            if scheme is not None and scheme not in quantized:
-                quantized[scheme] = node = self.quantized(target, student, teacher)
-                name = f"quantized{'' if len(quantized) == 1 else f' {len(quantized)}'}"
-                stages.append(self._row(name, node, self._quantize_note(node)))
+            if scheme is None or scheme in quantized:
+                continue
+            quantized[scheme] = node = self.quantized(target, student, teacher)
+            name = f"quantized{'' if len(quantized) == 1 else f' {len(quantized)}'}"
+            stages.append(self._row(name, node, self._quantize_note(node)))
+            if self.recipe.controls and self.recipe.quantize.epochs:
+                plain = self.quantized(target, student, teacher, epochs=0)
+                controls.append(self._control("post-training only", plain, name, node))
         rows: list[ArtifactRow] = []
         latencies: list[Latency] = []
         for target in self.targets:
@@ -156,7 +167,7 @@ class _Run:
             teacher=teacher_row,
             stages=tuple(stages),
             artifacts=tuple(rows),
-            controls=(),
+            controls=tuple(controls),
             host=host_name(),
             versions=self.versions,
             path=str(self.folder / "report" / "report.json"),
@@ -186,17 +197,19 @@ class _Run:
 
         return self._stage("teacher", self._inputs(section, options), make)
 
-    def student(self, teacher: Node) -> Node:
-        """Distilled from the teacher."""
-        section, options = self.recipe.student, self.recipe.distill.model_dump()
+    def student(self, teacher: Node | None, **changes: Any) -> Node:
+        """Distilled from the teacher; with `changes`, or without a teacher, a control arm."""
+        section, options = self.recipe.student, self.recipe.distill.model_dump() | changes
 
         def make(run: RunDir) -> Network:
             return distill(
-                self._network(section), task=self.task, data=self.data, teacher=teacher.net,
-                seed=self.recipe.seed, run=run, **options,
+                self._network(section), teacher=None if teacher is None else teacher.net, run=run,
+                **self._learning, **options,
             )  # fmt: skip
 
-        inputs = self._inputs(section, options) | {"teacher": teacher.key}
+        inputs = self._inputs(section, options) | {
+            "teacher": None if teacher is None else teacher.key
+        }
         return self._stage("distill", inputs, make)
 
     def pruned(self, section: PruneSection, student: Node, teacher: Node) -> Node:
@@ -206,10 +219,7 @@ class _Run:
         options["round_to"] = section.round_to or math.lcm(*multiples)
 
         def make(run: RunDir) -> Network:
-            return prune(
-                student.net, task=self.task, data=self.data, teacher=teacher.net,
-                seed=self.recipe.seed, run=run, **options,
-            )  # fmt: skip
+            return prune(student.net, teacher=teacher.net, run=run, **self._learning, **options)
 
         inputs = {
             "student": student.key,
@@ -219,15 +229,15 @@ class _Run:
         }
         return self._stage("prune", inputs, make)
 
-    def quantized(self, target: Target, student: Node, teacher: Node) -> Node:
+    def quantized(self, target: Target, student: Node, teacher: Node, **changes: Any) -> Node:
         """Quantized for the target's scheme; trained with the teacher if `epochs`."""
-        options = self.recipe.quantize.model_dump()
+        options = self.recipe.quantize.model_dump() | changes
         assert target.scheme is not None
 
         def make(run: RunDir) -> Network:
             return quantize(
-                student.net, target=target, data=self.data, teacher=teacher.net, task=self.task,
-                seed=self.recipe.seed, run=run, **options,
+                student.net, target=target, teacher=teacher.net, run=run,
+                **self._learning, **options,
             )  # fmt: skip
 
         inputs = {
@@ -237,6 +247,31 @@ class _Run:
             "options": options,
         }
         return self._stage("quantize", inputs, make)
+
+    def controls(self, teacher: Node, distilled: Node, student: Node) -> list[ControlRow]:
+        """Float stages beside the same without what each is for, on the same images."""
+        alone = self.student(None, hints=())
+        rows = [self._control("without a teacher", alone, "student", distilled)]
+        if self.recipe.distill.hints:
+            plain = self.student(teacher, hints=())
+            rows.append(self._control("without hints", plain, "student", distilled))
+        if student is not distilled:
+            rows.append(self._control("not pruned", distilled, "pruned", student))
+        return rows
+
+    def _control(self, name: str, control: Node, against: str, stage: Node) -> ControlRow:
+        """How much more `stage` scores than `control`; kept, as both are keyed by their inputs."""
+        kept = self.folder / "controls" / f"{stage.key}-{control.key}.json"
+        if not kept.exists():
+            ours, targets = gather(predict(stage.net, self.data, on=fabric()))
+            theirs, _ = gather(predict(control.net, self.data, on=fabric()))
+            kept.parent.mkdir(exist_ok=True)
+            write_atomically(kept, self.task.difference(ours, theirs, targets).model_dump_json())
+        gap = Difference.model_validate_json(kept.read_text())
+        return ControlRow(
+            **self._row(name, control, "").model_dump(),
+            against=against, difference=gap.value, difference_ci95=gap.ci95,
+        )  # fmt: skip
 
     def _network(self, section: StudentSection) -> Network:
         """Built by its name, seeded, with the section's weights if it has any."""

@@ -52,6 +52,12 @@ class _Training(_Section):
     weight_decay: NotNegative = 5e-4
 
 
+class _Learning(_Training):
+    alpha: Share = 0.9
+    hints: Literal["auto"] | tuple[str | tuple[str, str], ...] = ()
+    hint_weight: NotNegative = 1.0
+
+
 class StudentSection(_Section):
     """A model by name, and weights to start from."""
 
@@ -75,14 +81,13 @@ class TeacherSection(StudentSection, _Training):
     epochs: Annotated[int, Field(ge=0)] = 0
 
 
-class DistillSection(_Training):
+class DistillSection(_Learning):
     """Keywords of `edgekd.distill`."""
 
     epochs: Count
-    alpha: Share = 0.9
 
 
-class PruneSection(_Training):
+class PruneSection(_Learning):
     """Keywords of `edgekd.prune`; without `round_to`, what all of the targets take."""
 
     ratio: float | None = None
@@ -91,7 +96,6 @@ class PruneSection(_Training):
     round_to: Count | None = None
     ignore: tuple[str, ...] = ()
     epochs: Annotated[int, Field(ge=0)] = 0
-    alpha: Share = 0.9
     lr: Positive = 0.05
 
     @model_validator(mode="after")
@@ -100,13 +104,12 @@ class PruneSection(_Training):
         return self
 
 
-class QuantizeSection(_Training):
+class QuantizeSection(_Learning):
     """Keywords of `edgekd.quantize`."""
 
     epochs: Annotated[int, Field(ge=0)] = 0
     calibration: Count = 512
     observer: Observer = "mse"
-    alpha: Share = 0.9
     lr: Positive = 3e-3
     weight_decay: NotNegative = 1e-4
 
@@ -141,6 +144,7 @@ class Recipe(_Section):
     distill: DistillSection
     prune: PruneSection | None = None
     quantize: QuantizeSection = QuantizeSection()
+    controls: bool = False
     verify: VerifySection = VerifySection()
     profile: ProfileSection = ProfileSection()
 

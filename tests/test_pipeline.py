@@ -713,3 +713,54 @@ def test_killed_at_any_instant_it_ends_in_the_same_bytes(project, tmp_path):
         for report in reports
     ]
     assert figures[0] == figures[1]
+
+
+# ---- hints and controls ------------------------------------------------------------------------
+
+
+LEARNING = (
+    'distill.hints="auto"', "prune.ratio=0.5", "prune.epochs=1", "prune.batch_size=32",
+    'prune.hints=[["stages.1", "0"]]', 'quantize.hints="auto"', 'data.augment=["flip"]',
+)  # fmt: skip
+
+
+def test_controls_are_the_same_without_one_thing(project, tmp_path, calls):
+    recipe = load(project, *LEARNING, "controls=true", targets=("board", "other"))
+    report = pipeline.run(recipe, out=tmp_path)
+    rows = {(row.name, row.against): row for row in report.controls}
+    assert list(rows) == [
+        ("without a teacher", "student"), ("without hints", "student"), ("not pruned", "pruned"),
+        ("post-training only", "quantized"), ("post-training only", "quantized 2"),
+    ]  # fmt: skip
+    stages_by_name = {stage.name: stage for stage in report.stages}
+    for row in report.controls:
+        stage = stages_by_name[row.against]
+        assert row.difference == pytest.approx(stage.metric - row.metric, abs=1e-9)
+        assert row.difference_ci95[0] <= row.difference <= row.difference_ci95[1]
+        assert row.n == stage.n
+    assert rows["not pruned", "pruned"].params > stages_by_name["pruned"].params
+    assert rows["without hints", "student"].params == stages_by_name["student"].params
+    # teacher, three students, the retraining inside prune (not counted here); two and two
+    assert (calls["distill"], calls["quantize"]) == (4, 4)
+
+    # again: nothing is done twice; without controls: the same stages
+    before = snapshot(tmp_path / "tiny")
+    assert pipeline.run(recipe, out=tmp_path).controls == report.controls
+    plain = load(project, *LEARNING, targets=("board", "other"))
+    assert pipeline.run(plain, out=tmp_path).stages == report.stages
+    assert snapshot(tmp_path / "tiny") == before
+    assert (calls["distill"], calls["quantize"]) == (4, 4)
+
+
+def test_controls_without_hints_prune_and_training_are_fewer(project, tmp_path, calls):
+    recipe = load(project, *POST_TRAINING, "controls=true", targets=("board",))
+    assert [row.name for row in pipeline.run(recipe, out=tmp_path).controls] == [
+        "without a teacher"
+    ]
+
+
+def test_the_teacher_is_asked_once_for_all_stages_with_the_same_taps(project, tmp_path, calls):
+    recipe = load(project, "teacher.epochs=1", 'data.augment=["flip"]', targets=("board",))
+    pipeline.run(recipe, out=tmp_path)
+    (cache,) = (tmp_path / "tiny" / "cache").iterdir()
+    assert (cache / "0.f16").stat().st_size == 2 * 192 * 4 * 2  # views, images, scores, bytes

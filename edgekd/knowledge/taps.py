@@ -61,7 +61,7 @@ def _keep(features: Features, path: str) -> Any:
 def _find(module: nn.Module, path: str, placed: list[Node]) -> nn.Module:
     """What to hook for `path`; in a captured graph an identity that is put there."""
     if not isinstance(module, GraphModule):
-        modules = dict(module.named_modules())
+        modules: dict[str, nn.Module] = dict(module.named_modules())
         if path not in modules:
             raise ModelError(f"no module {path!r} to take a hint from{nearest(path, modules)}")
         return modules[path]

@@ -34,6 +34,14 @@ class StageRow(_Row):
     note: str = ""
 
 
+class ControlRow(StageRow):
+    """The same without one thing, and how much more the stage `against` scores, paired."""
+
+    against: str
+    difference: float
+    difference_ci95: Interval
+
+
 class Latency(_Row):
     """Of one FP32 network on one target's runtime."""
 
@@ -95,7 +103,7 @@ class Report(_Row):
     teacher: TeacherRow
     stages: tuple[StageRow, ...]
     artifacts: tuple[ArtifactRow, ...]
-    controls: tuple[StageRow, ...]
+    controls: tuple[ControlRow, ...]
     host: str
     versions: dict[str, str]
     path: str

@@ -19,6 +19,14 @@ class Score(BaseModel):
     n: int
 
 
+class Difference(BaseModel):
+    """How much more one network scores than another on the same samples, with its 95 % interval."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    value: float
+    ci95: tuple[float, float]
+
+
 class Task(Protocol):
     """Stateless; stages never ask which task it is."""
 
@@ -34,6 +42,9 @@ class Task(Protocol):
 
     def score(self, outputs: Any, targets: tuple[Tensor, ...]) -> Score:
         """The metric over a whole split: outputs and targets of all its samples."""
+
+    def difference(self, a: Any, b: Any, targets: tuple[Tensor, ...]) -> Difference:
+        """The metric of `a` less that of `b`, sample by sample over a whole split."""
 
     def agreement(self, a: Any, b: Any) -> float:
         """Share of samples for which two networks give the same answer."""
@@ -52,6 +63,14 @@ def get_task(name: str, **options: Any) -> Task:
 def top1_agreement(a: Tensor, b: Tensor) -> float:
     """Share of samples whose largest score, over axis 1 of (N, K, ...), is at the same place."""
     return float((a.argmax(1) == b.argmax(1)).double().mean())
+
+
+def paired_difference(a: Tensor, b: Tensor) -> Difference:
+    """Mean of a − b, both (N,), one value per sample, with the normal interval of paired values."""
+    gaps = a.double() - b.double()
+    half = 1.959964 * float(gaps.std()) / len(gaps) ** 0.5 if len(gaps) > 1 else 1.0
+    mean = float(gaps.mean())
+    return Difference(value=mean, ci95=(mean - half, mean + half))
 
 
 def wilson_interval(hits: int, n: int) -> tuple[float, float]:

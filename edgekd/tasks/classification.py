@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from edgekd.knowledge.response import Response
-from edgekd.tasks.base import Score, top1_agreement, wilson_interval
+from edgekd.tasks.base import Difference, Score, paired_difference, top1_agreement, wilson_interval
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,10 @@ class Classification:
         """Top-1 accuracy with its Wilson interval."""
         hits, n = int((outputs.argmax(1) == targets[0]).sum()), len(outputs)
         return Score(value=hits / n, ci95=wilson_interval(hits, n), n=n)
+
+    def difference(self, a: Tensor, b: Tensor, targets: tuple[Tensor, ...]) -> Difference:
+        """Of the top-1 accuracies, image by image."""
+        return paired_difference(*(outputs.argmax(1) == targets[0] for outputs in (a, b)))
 
     def agreement(self, a: Tensor, b: Tensor) -> float:
         """Share of samples with the same top-1 class."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from edgekd.errors import RecipeError
-from edgekd.tasks.base import get_task, top1_agreement, wilson_interval
+from edgekd.tasks.base import get_task, paired_difference, top1_agreement, wilson_interval
 from edgekd.tasks.classification import Classification
 
 RNG = np.random.default_rng(0)
@@ -100,3 +100,13 @@ def test_interval_solves_the_score_equation(n):
         assert wilson_interval(hits, n) == pytest.approx(np.sort(roots.real), abs=1e-6)
         low, high = wilson_interval(hits, n)
         assert 0 <= low <= share <= high <= 1
+
+
+def test_paired_differences_are_numpys():
+    rng = np.random.default_rng(0)
+    a, b = rng.random(500) < 0.8, rng.random(500) < 0.7
+    found = paired_difference(torch.from_numpy(a), torch.from_numpy(b))
+    gaps = a.astype(float) - b
+    half = 1.959964 * gaps.std(ddof=1) / 500**0.5
+    assert found.value == pytest.approx(gaps.mean())
+    assert found.ci95 == pytest.approx((gaps.mean() - half, gaps.mean() + half))
