@@ -1,8 +1,8 @@
 """What each stage is worth: Fashion-MNIST, one teacher, three seeds of student.
 
-    python tools/bench_classifier.py            # what is missing, then the tables
-    python tools/bench_classifier.py --seeds 1  # one seed only; several processes may share the work
-    python tools/bench_classifier.py --tables   # the tables of what there is, as Markdown
+    python tools/bench_classifier.py                       # the arms that are missing
+    python tools/bench_classifier.py --seeds 1             # of one seed; processes may share them
+    python tools/bench_classifier.py --latency --gates     # then, on a quiet machine
 
 Every arm is a folder in runs/bench-classifier: killed and started again, the same command goes on.
 Figures go to docs/bench/classifier.json. The arms of one seed differ in one thing each:
@@ -32,8 +32,10 @@ import edgekd
 from edgekd.data.readers import read_data
 from edgekd.latency.measuring import host_name, today
 from edgekd.models.build import Build, build_module
+from edgekd.network import write_atomically
 from edgekd.rundir import RunDir
 from edgekd.stages.profile import profile_together
+from edgekd.tasks.base import paired_difference
 from edgekd.training import fabric, gather, predict
 
 ROOT = Path(__file__).parents[1]
@@ -45,6 +47,7 @@ STUDENT = [16, 24, 48, 96]
 PRUNED = [16, 16, 32, 64]
 TEACHER_EPOCHS, EPOCHS, QUANTIZED_EPOCHS = 12, 8, 2
 TARGET = "host-onnxruntime"
+TARGETS = ("host-onnxruntime", "intel-cpu", "android-arm64", "jetson-nano", "jetson-orin-nano")
 # what the second arm has and the first has not
 QUESTIONS = {
     "distillation": ("alone", "distilled"),
@@ -68,6 +71,7 @@ class Arm:
 
 
 def new(widths: list[int], seed: int) -> edgekd.Network:
+    """A network of our family, not trained."""
     build = Build(
         model="edgekd/resnet", kwargs={"num_classes": 10, "in_channels": 1, "widths": widths}
     )
@@ -94,6 +98,7 @@ def arm(name: str, make: Callable[[RunDir], edgekd.Network]) -> Arm:
 
 
 def teacher() -> Arm:
+    """Trained once."""
     return arm(
         "teacher",
         lambda run: edgekd.distill(
@@ -133,13 +138,146 @@ def arms(seed: int, only: str | None = None) -> dict[str, Arm]:
     return {"teacher": taught, **done}
 
 
+def figures() -> dict[str, Any]:
+    """Of all arms that are done: accuracies, and the answer to each question."""
+    done = {path.parent.name: RunDir(path.parent).done() for path in RUNS.glob("*/done.json")}
+    hits = {name: np.load(RUNS / name / "hits.npy") for name in sorted(done)}
+    seeds = [seed for seed in SEEDS if f"alone-{seed}" in hits]  # the last arm of a seed
+    answers = {}
+    for question, (control, arm_name) in QUESTIONS.items():
+        pairs = [
+            [torch.from_numpy(hits[name if name == "teacher" else f"{name}-{seed}"])
+             for name in (arm_name, control)]
+            for seed in seeds
+        ]  # fmt: skip
+        if not pairs:
+            continue
+        each = [paired_difference(*pair) for pair in pairs]
+        ours, theirs = (
+            torch.stack([pair[side] for pair in pairs]).double().mean(0) for side in (0, 1)
+        )
+        whole = paired_difference(ours, theirs)
+        answers[question] = {
+            "arms": [arm_name, control],
+            "seeds": {seed: d.value for seed, d in zip(seeds, each, strict=True)},
+            "mean": whole.value,
+            "ci95": whole.ci95,
+        }
+    return {
+        "epochs": {"teacher": TEACHER_EPOCHS, "arm": EPOCHS, "quantized": QUANTIZED_EPOCHS},
+        "test_images": len(data.splits["test"]),
+        "seeds": f"{len(seeds)} of {len(SEEDS)}",
+        "arms": done,
+        "differences": answers,
+    }
+
+
+def latencies(rounds: int = 3) -> dict[str, Any]:
+    """The teacher in FP32 and what was pruned in both precisions, in turns, one thread."""
+    nets = {"teacher fp32": "teacher", "pruned fp32": "pruned-0", "qad int8": "qad-0"}
+    artifacts = [
+        edgekd.export(
+            edgekd.Network.load(RUNS / folder), target=TARGET, out=RUNS / "latency" / folder
+        )
+        for folder in nets.values()
+    ]
+    timed = [profile_together(artifacts, target=TARGET, runs=500) for _ in range(rounds)]
+    return {
+        "target": TARGET, "host": host_name(), "date": today(), "threads": 1, "runs": 500,
+        "clock": sorted({m.clock for row in timed for m in row}),
+        "p50_ms": {
+            name: [row[index].p50_ms for row in timed] for index, name in enumerate(nets)
+        },
+    }  # fmt: skip
+
+
+def gates(seed: int = 0) -> list[dict[str, Any]]:
+    """Every target: exported, verified on all test images."""
+    rows = []
+    pruned = edgekd.Network.load(RUNS / f"pruned-{seed}")
+    quantized: dict[Any, edgekd.Network] = {}
+    for name in TARGETS:
+        target = edgekd.Target.load(name)
+        nets = [pruned]
+        if target.scheme is not None:
+            if target.scheme not in quantized:
+                quantized[target.scheme] = arms_for(target, seed)
+            nets.append(quantized[target.scheme])
+        for net in nets:
+            folder = RUNS / f"export-{name}" / ("fp32" if net.scheme is None else "int8")
+            artifact = edgekd.export(net, target=target, out=folder)
+            parity = edgekd.verify(artifact, net, data=data, task=task)
+            rows.append(json.loads(parity.model_dump_json(exclude={"worst_tensors"})))
+            print(name, artifact.precision, parity.gate, parity.agreement, *parity.reasons)
+    return rows
+
+
+def arms_for(target: edgekd.Target, seed: int) -> edgekd.Network:
+    """The seed's pruned network, distilled in the target's integers."""
+    if edgekd.Target.load(TARGET).scheme == target.scheme:
+        return edgekd.Network.load(RUNS / f"qad-{seed}")
+    return arm(
+        f"qad-{target.name}-{seed}",
+        lambda run: edgekd.quantize(
+            edgekd.Network.load(RUNS / f"pruned-{seed}"), target=target, run=run, task=task,
+            data=data, seed=seed, teacher=teacher().net, cache=RUNS / "cache", hints="auto",
+            epochs=QUANTIZED_EPOCHS,
+        ),
+    ).net  # fmt: skip
+
+
+def tables(result: dict[str, Any]) -> str:
+    """Markdown for the README."""
+    lines = [
+        f"Fashion-MNIST, {result['test_images']:,} test images, seeds: {result['seeds']}.", "",
+        "| what is added | accuracy with, points more than without (95 % interval) | each seed |",
+        "|---|---|---|",
+    ]  # fmt: skip
+    for question, answer in result["differences"].items():
+        low, high = (100 * x for x in answer["ci95"])
+        each = ", ".join(f"{100 * d:+.2f}" for d in answer["seeds"].values())
+        arm_name, control = answer["arms"]
+        lines.append(
+            f"| {question} (`{arm_name}` − `{control}`) | {100 * answer['mean']:+.2f} "
+            f"({low:+.2f} to {high:+.2f}) | {each} |"
+        )
+    names = dict.fromkeys(name.rpartition("-")[0] or name for name in result["arms"])
+    lines += ["", "| arm | accuracy, each seed | parameters | MACs |", "|---|---|---|---|"]
+    for name in names:
+        rows = [
+            r for n, r in result["arms"].items() if n in (name, *(f"{name}-{s}" for s in SEEDS))
+        ]
+        each = ", ".join(f"{row['accuracy']:.2%}" for row in rows)
+        lines.append(
+            f"| `{name}` | {each} | {rows[0]['params']:,} | {rows[0]['macs'] / 1e6:.2f} M |"
+        )
+    if "latency" in result:
+        timed = result["latency"]
+        medians = {name: float(np.median(ms)) for name, ms in timed["p50_ms"].items()}
+        whole = medians["teacher fp32"]
+        lines += ["", f"{timed['target']}, {timed['host']}, one thread, batch 1:", ""]
+        lines += [f"- {n}: {ms:.3f} ms, {whole / ms:.2f}×" for n, ms in medians.items()]
+    return "\n".join(lines)
+
+
 def main() -> None:
+    """Each piece that is asked for; the figures of what is done so far."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--seeds", type=int, nargs="*", default=SEEDS, help="whose arms to make")
     parser.add_argument("--only", help="stop after this arm")
+    parser.add_argument("--latency", action="store_true", help="time what ships (a quiet machine)")
+    parser.add_argument("--gates", action="store_true", help="export and verify on all targets")
     options = parser.parse_args()
     for seed in options.seeds:
         arms(seed, options.only)
+    kept = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    result = kept | figures()
+    if options.latency:
+        result["latency"] = latencies()
+    if options.gates:
+        result["gates"] = gates()
+    write_atomically(RESULT, json.dumps(result, indent=1))
+    print(tables(result))
 
 
 if __name__ == "__main__":
