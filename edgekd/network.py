@@ -197,7 +197,9 @@ class Network:
                 graph = capture(self.module, self.io.example(2))
             else:
                 assert isinstance(self.module, GraphModule)
-                graph = convert(self.module, unsigned=unsigned)
+                graph = convert(
+                    self.module, unsigned=unsigned, fold_weights=self.scheme.fold_weights
+                )
             self._programs[unsigned] = export_graph(graph, self.io.example(2))
         return self._programs[unsigned]
 

@@ -132,6 +132,8 @@ class _Run:
             controls = self.controls(teacher, distilled, student)
         for target in self.targets:
             scheme = target.scheme
+            if scheme is None:
+                console.print(f"{target.name}: quantize is skipped{target.why_float}")
             if scheme is None or scheme in quantized:
                 continue
             quantized[scheme] = node = self.quantized(target, student, teacher)
@@ -143,7 +145,7 @@ class _Run:
         rows: list[ArtifactRow] = []
         latencies: list[Latency] = []
         for target in self.targets:
-            nodes = [student] if "fp32" in target.precisions else []
+            nodes = [student] if target.float_precision else []
             nodes += [quantized[target.scheme]] if target.scheme else []
             of_target, of_teacher = self.artifacts(target, nodes, teacher)
             rows += of_target
@@ -316,7 +318,7 @@ class _Run:
         latencies = []
         if target.native_here and all(parity.verifier for _, _, parity in done):
             folders = [folder for folder, _, _ in done]
-            if "fp32" in target.precisions:
+            if target.float_precision:
                 folders.append(self._exported(target, teacher, checked=False)[0])
             timed = self._measured(target, folders)
             measured = list(timed[: len(done)])
@@ -333,7 +335,7 @@ class _Run:
                     **parity.model_dump(
                         include={
                             "verifier", "n", "agreement", "max_steps", "mean_steps",
-                            "relative_error", "integer_share", "gate", "reasons",
+                            "relative_error", "integer_share", "gate", "reasons", "compiled",
                         }
                     ),
                     path=str(folder / artifact.path.name),
@@ -362,6 +364,8 @@ class _Run:
                 "target": target.model_dump(mode="json"),
                 "gates": gates,
                 "runtime": runtime.version(),
+                # what compiles for the device, if anything does
+                "compiler": get_runtime(target.runtime).version() if target.compile_check else None,
                 # native kernels differ from CPU to CPU; the emulated check does not
                 "instructions": host_instruction_set() if target.verifier == "native" else None,
             },

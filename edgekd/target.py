@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from edgekd.errors import TargetError, describe_invalid, nearest
 
+Precision = Literal["fp32", "fp16", "int8"]
+
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -27,7 +29,10 @@ class QuantScheme(_Frozen):
         weight_bits: 8, or 7 where the device's 8-bit kernels saturate; stored as int8.
         weight_granularity: one scale per output channel, or per tensor.
         bias: "int32" (scale = input scale · weight scale) or "float".
-        add_inputs: which inputs of a residual Add are quantized.
+        fold_weights: weights are stored as integers; otherwise in float, with a quantize and a
+            dequantize operator behind them, as TensorRT 8 wants them.
+        add_inputs: which inputs of a residual Add are quantized: both, or all but the convolution
+            that the Add is fused into ("skip").
         outputs: whether the output of an integer operator is quantized too.
         ops: the operators that run in integers; the others stay in float.
     """
@@ -37,7 +42,8 @@ class QuantScheme(_Frozen):
     weight_bits: Literal[7, 8]
     weight_granularity: Literal["channel", "tensor"]
     bias: Literal["int32", "float"]
-    add_inputs: Literal["both"]
+    fold_weights: bool = True
+    add_inputs: Literal["both", "skip"]
     outputs: bool
     ops: tuple[Literal["conv", "linear", "add", "concat", "pool"], ...]
 
@@ -74,12 +80,18 @@ class Target(_Frozen):
     """One device and the runtime on it.
 
     Attributes:
-        runtime: key of the table of runtimes ("onnxruntime", "openvino").
+        runtime: key of the table of runtimes ("onnxruntime", "openvino", "tensorrt").
         verifier: "native": this host has the device's kernels; "emulated": it has not, and the
             artifact is run in ONNX Runtime with optimizations off.
         machines: hosts whose kernels count as native, as `platform.machine()` names them;
             empty: all.
-        precisions: what the device runs, the preferred one last.
+        precisions: what the device runs, the preferred one last. "fp16": the file is in FP32, and
+            built for half precision on the device.
+        no_integers: why `scheme` is absent.
+        compile_check: compute capability that stands in for the device's where the runtime can
+            compile without it ("SM86"); None: nothing does.
+        memory_mib: of the device.
+        peak: figures of the device by name and unit (fp16_gflops, memory_gb_s).
     """
 
     name: str
@@ -89,10 +101,24 @@ class Target(_Frozen):
     opset: int
     verifier: Literal["native", "emulated"]
     machines: tuple[str, ...] = ()
-    precisions: tuple[Literal["fp32", "int8"], ...]
+    precisions: tuple[Precision, ...]
     channel_multiple: ChannelMultiple
     scheme: QuantScheme | None = None
+    no_integers: str = ""
+    compile_check: str | None = None
+    memory_mib: int | None = None
+    peak: dict[str, float] = {}
     source: tuple[Source, ...] = ()
+
+    @property
+    def float_precision(self) -> Precision | None:
+        """What a float network becomes on this device; None if it runs integers only."""
+        return next((p for p in self.precisions if p != "int8"), None)
+
+    @property
+    def why_float(self) -> str:
+        """`: the reason`, to stand behind "runs no integers"; empty where none is known."""
+        return f": {self.no_integers}" if self.no_integers else ""
 
     @property
     def native_here(self) -> bool:
@@ -140,6 +166,8 @@ def _read(path: Path) -> Target:
         raise TargetError(f"{path}: {describe_invalid(error, Target)}") from None
     if target.name != path.stem:
         raise TargetError(f"{path}: name is {target.name!r}; it must be the file's: {path.stem!r}")
+    if target.compile_check and target.runtime != "tensorrt":
+        raise TargetError(f"{path}: compile_check is for runtime = 'tensorrt' alone; leave it out")
     if ("int8" in target.precisions) != (target.scheme is not None):
         raise TargetError(f"{path}: a [scheme] goes with 'int8' in precisions; give both or none")
     return target

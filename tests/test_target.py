@@ -117,7 +117,7 @@ def test_a_users_target_overlays_the_shipped_one(home):
         ("value = 4", "valeu = 4", r"channel_multiple.valeu: unknown key; did you mean 'value'"),
         ("opset = 18", 'opset = "new"', r"opset: .*integer.* \(got 'new'\)"),
         ('"native"', '"guess"', r"verifier: .*'native' or 'emulated'.* \(got 'guess'\)"),
-        ('["fp32"]', '["fp32", "int4"]', r"precisions.1: .*'fp32' or 'int8'.* \(got 'int4'\)"),
+        ('["fp32"]', '["fp32", "int4"]', r"precisions.1: .*'fp16' or 'int8'.* \(got 'int4'\)"),
         ("opset = 18\n", "", r"opset: Field required$"),
         ('"mine"', '"yours"', r"name is 'yours'; it must be the file's: 'mine'"),
         ('["fp32"]', '["fp32", "int8"]', r"a \[scheme\] goes with 'int8'"),

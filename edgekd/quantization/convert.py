@@ -12,11 +12,15 @@ from edgekd.quantization.capture import arguments, tensor_of
 from edgekd.quantization.fake_quant import FakeQuant
 
 
-def convert(graph_module: GraphModule, *, unsigned: bool = False) -> GraphModule:
-    """A copy with quantize/dequantize operators in place of fake-quantizers, int8 weights.
+def convert(
+    graph_module: GraphModule, *, unsigned: bool = False, fold_weights: bool = True
+) -> GraphModule:
+    """A copy with quantize and dequantize operators in place of fake-quantizers.
 
     Args:
         unsigned: int8 activations become uint8, without loss.
+        fold_weights: weights are stored as integers; otherwise as the floats that these stand
+            for, with quantize and dequantize operators behind them.
 
     Weights are first set to their quantized values, so that a range narrower than the integer
     type (7 bits) is kept without a Clip in the exported file.
@@ -35,6 +39,6 @@ def convert(graph_module: GraphModule, *, unsigned: bool = False) -> GraphModule
                 weight.copy_(quantizer(weight))
             elif unsigned and quantizer.dtype is torch.int8:
                 quantizer.to_unsigned()
-    done = convert_pt2e(converted, fold_quantize=True)
+    done = convert_pt2e(converted, fold_quantize=fold_weights)
     assert isinstance(done, GraphModule)
     return done

@@ -123,8 +123,7 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no type
 
     def _annotate(self, model: GraphModule, node: Node, kind: Kind) -> None:
         args = arguments(node)
-        sources = args[0] if kind == "concat" else args[: 2 if kind == "add" else 1]
-        inputs: dict[Node, Any] = {source: self._activation(source) for source in sources}
+        inputs: dict[Node, Any] = {s: self._activation(s) for s in self._inputs(node, kind)}
         if kind in ("conv", "linear"):
             inputs[args[1]] = self._weight(model, node)
         last = self._fused_activation(node) if kind in FUSING else node
@@ -144,6 +143,23 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no type
             last.meta["quantization_annotation"] = QuantizationAnnotation(
                 output_qspec=output, _annotated=True
             )
+
+    def _inputs(self, node: Node, kind: Kind) -> list[Node]:
+        """The activations that are quantized on the way into `node`."""
+        args = arguments(node)
+        if kind == "concat":
+            return list(args[0])
+        if kind != "add":
+            return [args[0]]
+        terms = list(args[:2])
+        if self.scheme.add_inputs == "skip":
+            # the main branch is the first term by convention; one convolution is fused, not two
+            fused = next((t for t in terms if self._ends_in_convolution(t)), None)
+            terms = [t for t in terms if t is not fused]
+        return terms
+
+    def _ends_in_convolution(self, node: Node) -> bool:
+        return self._kind(node) == "conv" and len(node.users) == 1
 
     def _fused_activation(self, node: Node) -> Node:
         """The ReLU or ReLU6 that runs inside `node`'s kernel, else `node`."""

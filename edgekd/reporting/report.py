@@ -11,6 +11,7 @@ from rich.table import Table
 
 from edgekd.latency.measuring import Measurement
 from edgekd.network import write_atomically
+from edgekd.runtimes.base import CompileCheck
 from edgekd.stages.verify import Gate, TensorDifference
 from edgekd.tasks.base import Score
 
@@ -75,6 +76,7 @@ class ArtifactRow(_Row):
     gate: Gate
     reasons: tuple[str, ...]
     worst_tensors: tuple[TensorDifference, ...]
+    compiled: CompileCheck | None
     latency_p50_ms: float | None
     measurement: Measurement | None
     ships: bool
@@ -127,6 +129,13 @@ class Report(_Row):
             if row.ships:
                 console.print(f"{row.target}: ships {row.precision}, {escape(row.why)}")
         for row in self.artifacts:
+            if (check := row.compiled) is not None and check.error is None:
+                console.print(
+                    f"{row.target} {row.precision}: compiled by {check.tool} {check.version} for "
+                    f"{check.capability}, not on the device"
+                    + (f"; {check.integer} of {check.total} matrix operators in Int8"
+                       if check.total else "")
+                )  # fmt: skip
             for reason in row.reasons:
                 console.print(f"{row.target} {row.precision} [bold]{row.gate}[/]: {escape(reason)}")
             if row.worst_tensors:

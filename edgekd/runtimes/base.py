@@ -6,7 +6,7 @@ import hashlib
 import importlib
 import json
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,9 +14,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from edgekd.errors import StateError, TargetError, describe_invalid, nearest
 from edgekd.network import Network, write_atomically
-from edgekd.target import Target
+from edgekd.target import Precision, Target
 
-Precision = Literal["fp32", "int8"]
 Arrays = list[NDArray[np.float32]]
 
 
@@ -98,6 +97,28 @@ def fingerprint(path: Path) -> tuple[str, int]:
     return digest.hexdigest(), size
 
 
+class CompileCheck(BaseModel):
+    """What a compiler makes of an artifact for a device that is not here.
+
+    Attributes:
+        tool, version: the compiler.
+        capability: what it compiled for, in the device's place.
+        integer, total: convolutions and matrix products whose layer computes in Int8, and all;
+            of an INT8 artifact.
+        floating: names of the others.
+        error: why it refused the file.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    tool: str
+    version: str
+    capability: str
+    integer: int = 0
+    total: int = 0
+    floating: tuple[str, ...] = ()
+    error: str | None = None
+
+
 class Session(Protocol):
     """A loaded artifact.
 
@@ -136,6 +157,7 @@ class Runtime(Protocol):
 RUNTIMES = {
     "onnxruntime": "edgekd.runtimes.onnxruntime:OnnxRuntime",
     "openvino": "edgekd.runtimes.openvino:OpenVino",
+    "tensorrt": "edgekd.runtimes.tensorrt:TensorRt",
 }
 
 

@@ -9,20 +9,20 @@ import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxscript
 import torch
-from numpy.typing import NDArray
 from torch.fx import GraphModule
 
 from edgekd import __version__
 from edgekd.errors import ModelError, TargetError
 from edgekd.network import Network
 from edgekd.quantization.placement import quantized_activations
+from edgekd.runtimes.onnx_values import constant, new_constant, producer
+from edgekd.runtimes.opset import EXPORTED, lower
 from edgekd.target import Target
 
 MATRIX_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -40,14 +40,14 @@ def to_onnx(net: Network, target: Target) -> ir.Model:
     try:
         with _quiet():
             exported = torch.onnx.export(
-                program, dynamo=True, opset_version=target.opset, verbose=False
+                program, dynamo=True, opset_version=max(EXPORTED, target.opset), verbose=False
             )
     except torch.onnx.OnnxExporterError as error:
         raise ModelError(f"{net!r} has no ONNX form: {error}") from error
     assert exported is not None
     model = exported.model
-    # the exporter may log a failed down-conversion and go on with another opset
-    if model.opset_imports.get("") != target.opset:
+    # the exporter may log a failed conversion and go on with another opset
+    if model.opset_imports.get("") != max(EXPORTED, target.opset):
         raise TargetError(
             f"{target.name} takes opset {target.opset}; torch's exporter gave "
             f"{model.opset_imports.get('')} for this network"
@@ -59,6 +59,9 @@ def to_onnx(net: Network, target: Target) -> ir.Model:
     pad_in_convolution(model)
     if wanted is not None and wanted.bias == "int32":
         integer_bias(model)
+    drop_idle_clips(model)
+    if target.opset < EXPORTED:
+        lower(model, target.opset, target.name)
     _drop_unused(model)
     _drop_traces(model)
     model.metadata_props.update(_metadata(net, target))
@@ -113,7 +116,11 @@ def quantized_name(tensor: str) -> str:
 def _name_quantized(model: ir.Model, net: Network) -> None:
     """Call each dequantized activation by the tensor's name in the trained graph."""
     assert isinstance(net.module, GraphModule)
-    nodes = [node for node in model.graph if node.op_type == "QuantizeLinear"]
+    nodes = [
+        node
+        for node in model.graph
+        if node.op_type == "QuantizeLinear" and constant(node.inputs[0]) is None  # not a weight
+    ]
     for node, tensor in zip(nodes, quantized_activations(net.module), strict=True):
         readers = [n for n in node.outputs[0].consumers() if n.op_type == "DequantizeLinear"]
         readers[0].outputs[0].name = quantized_name(tensor)
@@ -130,26 +137,6 @@ def _metadata(net: Network, target: Target) -> dict[str, str]:
     if net.scheme is not None:
         facts["edgekd.scheme"] = net.scheme.model_dump_json()
     return facts
-
-
-def constant(value: ir.Value | None) -> NDArray[Any] | None:
-    """The array of an initializer or a Constant node, None if the value is computed."""
-    if value is None or value.is_graph_input():
-        return None
-    tensor = ir.convenience.get_const_tensor(value)
-    return None if tensor is None else tensor.numpy()
-
-
-def _producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
-    node = None if value is None else value.producer()
-    return node if node is not None and node.op_type == op_type else None
-
-
-def _new_constant(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value:
-    value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
-    value.shape, value.dtype = ir.Shape(array.shape), ir.DataType.from_numpy(array.dtype)
-    graph.register_initializer(value)
-    return value
 
 
 def pool_globally(model: ir.Model) -> int:
@@ -183,9 +170,9 @@ def pad_in_convolution(model: ir.Model) -> int:
     for conv in list(model.graph):
         if conv.op_type != "Conv":
             continue
-        dq = _producer(conv.inputs[0], "DequantizeLinear")
-        q = _producer(dq.inputs[0], "QuantizeLinear") if dq else None
-        pad = _producer(q.inputs[0] if q else conv.inputs[0], "Pad")
+        dq = producer(conv.inputs[0], "DequantizeLinear")
+        q = producer(dq.inputs[0], "QuantizeLinear") if dq else None
+        pad = producer(q.inputs[0] if q else conv.inputs[0], "Pad")
         if pad is None or pad.attributes.get_string("mode", "constant") != "constant":
             continue
         pads, fill = (
@@ -209,6 +196,23 @@ def pad_in_convolution(model: ir.Model) -> int:
     return count
 
 
+def drop_idle_clips(model: ir.Model) -> int:
+    """The exporter clips integers to the range of their type; behind a quantizer that is idle."""
+    count = 0
+    for clip in list(model.graph):
+        if clip.op_type != "Clip" or producer(clip.inputs[0], "QuantizeLinear") is None:
+            continue
+        source = clip.inputs[0]
+        low, high = (constant(bound) for bound in clip.inputs[1:3])
+        if source is None or low is None or high is None:
+            continue
+        limits = np.iinfo(low.dtype)
+        if low <= limits.min and high >= limits.max:
+            ir.convenience.replace_all_uses_with(clip.outputs[0], source)
+            count += 1
+    return count
+
+
 def integer_bias(model: ir.Model) -> int:
     """The bias of an integer convolution or Gemm becomes int32 with scale s_x · s_w.
 
@@ -219,8 +223,8 @@ def integer_bias(model: ir.Model) -> int:
     for node in list(model.graph):
         if node.op_type not in ("Conv", "Gemm") or len(node.inputs) < 3:
             continue
-        x = _producer(node.inputs[0], "DequantizeLinear")
-        w = _producer(node.inputs[1], "DequantizeLinear")
+        x = producer(node.inputs[0], "DequantizeLinear")
+        w = producer(node.inputs[1], "DequantizeLinear")
         bias = constant(node.inputs[2])
         if x is None or w is None or bias is None:
             continue
@@ -239,8 +243,8 @@ def integer_bias(model: ir.Model) -> int:
         dequantized = ir.node(
             "DequantizeLinear",
             [
-                _new_constant(model.graph, f"{name}.int32", steps.astype(np.int32)),
-                _new_constant(model.graph, f"{name}.scale", scale),
+                new_constant(model.graph, f"{name}.int32", steps.astype(np.int32)),
+                new_constant(model.graph, f"{name}.scale", scale),
             ],
             {"axis": 0} if scale.ndim else {},
         )

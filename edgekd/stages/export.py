@@ -6,7 +6,7 @@ from pathlib import Path
 
 from edgekd.errors import StateError, TargetError
 from edgekd.network import Network
-from edgekd.runtimes.base import Artifact, Precision, get_runtime
+from edgekd.runtimes.base import Artifact, get_runtime
 from edgekd.target import Target
 
 
@@ -26,18 +26,20 @@ def export(net: Network, *, target: str | Target, out: str | Path) -> Artifact:
         StateError: `out` holds an artifact of another target or precision.
     """
     target = Target.load(target)
-    precision: Precision = "fp32"
+    precision = target.float_precision
     if net.scheme is not None:
         precision = "int8"
         if target.scheme is None:
-            raise TargetError(f"{target.name} runs no integers; export the float network to it")
+            raise TargetError(
+                f"{target.name} runs no integers{target.why_float}; export the float network to it"
+            )
         if not net.scheme.fits(target.scheme):
             raise TargetError(
                 f"this network is quantized as {net.scheme}; {target.name} takes "
                 f"{target.scheme}: quantize with target={target.name!r}"
             )
-    if precision not in target.precisions:
-        raise TargetError(f"{target.name} runs {', '.join(target.precisions)}, not {precision}")
+    if precision is None:
+        raise TargetError(f"{target.name} runs integers only; quantize with target={target.name!r}")
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "artifact.json").exists():

@@ -65,7 +65,9 @@ def quantize(
     """
     target = Target.load(target)
     if target.scheme is None:
-        raise TargetError(f"{target.name} runs no integers; export the float network to it")
+        raise TargetError(
+            f"{target.name} runs no integers{target.why_float}; export the float network to it"
+        )
     if net.scheme is not None:
         raise ModelError("this network is quantized already; quantize takes the float one")
     graph = place(capture(net.module, net.io.example(2)), target.scheme)

@@ -17,9 +17,10 @@ from edgekd.network import Network
 from edgekd.quantization.fake_quant import FakeQuant
 from edgekd.quantization.placement import quantized_activations, quantizers
 from edgekd.reporting.progress import Progress
-from edgekd.runtimes.base import Arrays, Artifact, Precision, Session, get_runtime
+from edgekd.runtimes.base import Arrays, Artifact, CompileCheck, Session, get_runtime
 from edgekd.runtimes.onnx_graph import quantized_name
-from edgekd.target import Target
+from edgekd.runtimes.tensorrt import compile_check
+from edgekd.target import Precision, Target
 from edgekd.tasks.base import Score, Task, top1_agreement
 
 SOUND_STEPS = 0.25  # mean difference of a tensor that rounding alone explains
@@ -49,6 +50,8 @@ class Parity(BaseModel):
         metric: of the artifact itself; reference_metric: of the Network.
         integer_share: matrix operators in integers over all of them. INT8 only.
         gate: "passed" only if every check that was asked for ran and held.
+        compiled: what a compiler for the target's kind of device makes of the file, where its
+            kernels are not here; None where nothing can.
         reasons: why the gate is failed or unchecked.
         worst_tensors: of a failed INT8 artifact, its inner tensors, the likeliest culprit first.
     """
@@ -68,6 +71,7 @@ class Parity(BaseModel):
     gate: Gate
     reasons: tuple[str, ...] = ()
     worst_tensors: tuple[TensorDifference, ...] = ()
+    compiled: CompileCheck | None = None
 
 
 def verify(
@@ -146,6 +150,14 @@ def verify(
             float(np.abs(a - b).max() / max(float(np.abs(b).max()), 1e-30))
             for a, b in zip(theirs, ours, strict=True)
         )
+    if target.compile_check is not None:
+        try:
+            figures["compiled"] = compiled = compile_check(
+                artifact.path, target, artifact.precision
+            )
+            failed += _compile_failures(compiled, artifact.precision)
+        except MissingPackageError as error:
+            unchecked.append(f"compile check: {error}")
     gate: Gate = "failed" if failed else "unchecked" if unchecked else "passed"
     if failed and artifact.precision == "int8":
         figures["worst_tensors"] = rank_tensors(session, net, first)
@@ -153,6 +165,20 @@ def verify(
         **common, **figures, verifier=target.verifier, gate=gate,
         reasons=(*failed, *unchecked),
     )  # fmt: skip
+
+
+def _compile_failures(compiled: CompileCheck, precision: Precision) -> list[str]:
+    """Why an artifact fails the compile check."""
+    what = f"{compiled.tool} {compiled.version} for {compiled.capability}"
+    if compiled.error is not None:
+        return [f"{what} refuses the file: {compiled.error}"]
+    if precision == "int8" and compiled.floating:
+        named = ", ".join(compiled.floating[:5])
+        return [
+            f"{what} computes {len(compiled.floating)} of {compiled.total} matrix operators in "
+            f"float: {named}"
+        ]
+    return []
 
 
 def _run_both(

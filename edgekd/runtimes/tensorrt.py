@@ -1,0 +1,290 @@
+"""TensorRT on a Jetson: what the device builds its engine from, and the check without the device.
+
+Engines are not portable, so the artifact is the ONNX, a script that builds it with the trtexec of
+that device's TensorRT, and a manifest. Numerics are checked in ONNX Runtime. Where a compute
+capability can stand in for the device's, `tensorrt-rtx` compiles the file for it on any CPU, and
+its log says what each layer computes in: a compile check, not a build for the device. Where
+`tensorrt` itself is installed beside a GPU, that builds the engine.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from functools import cache
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+
+from edgekd.errors import MissingPackageError, StateError, TargetError
+from edgekd.network import Network, write_atomically
+from edgekd.runtimes.base import CompileCheck, Session, fingerprint
+from edgekd.runtimes.onnx_graph import MATRIX_OPS, save_onnx, to_onnx
+from edgekd.target import Precision, Target
+
+SCRIPT = """\
+#!/bin/sh
+# {title}: builds model.engine from model.onnx ({precision}).
+# Engines are not portable: run this on the device itself, with TensorRT {version}.
+set -eu
+cd "$(dirname "$0")"
+trtexec=$(command -v trtexec || echo /usr/src/tensorrt/bin/trtexec)
+if [ ! -x "$trtexec" ]; then
+  echo 'trtexec is not here; it comes with JetPack: sudo apt-get install libnvinfer-bin' >&2
+  exit 1
+fi
+echo {sha256} ' model.onnx' | sha256sum -c -
+exec "$trtexec" {flags}
+"""
+# what the parser's table calls the element types; it takes INT64 where it takes INT32
+TYPES = {
+    ir.DataType.FLOAT: {"FP32"}, ir.DataType.FLOAT16: {"FP16"}, ir.DataType.INT8: {"INT8"},
+    ir.DataType.INT32: {"INT32"}, ir.DataType.INT64: {"INT64", "INT32"},
+    ir.DataType.BOOL: {"BOOL"}, ir.DataType.UINT8: {"UINT8"},
+}  # fmt: skip
+
+
+class TensorRt:
+    """TensorRT, by way of ONNX."""
+
+    name = "tensorrt"
+    suffix = ".onnx"
+
+    def version(self) -> str:
+        """Of what can compile here: nothing is needed to export."""
+        try:
+            return f"tensorrt-rtx {version('tensorrt-rtx')}"
+        except PackageNotFoundError:
+            return "none here"
+
+    def export(self, net: Network, target: Target, path: Path) -> dict[str, str]:
+        """Write the `.onnx`, and beside it `build_engine.sh` and `manifest.json`.
+
+        Raises:
+            TargetError: an operator that this version's parser does not take.
+        """
+        model = to_onnx(net, target)
+        check_operators(model, target)
+        versions = save_onnx(model, path)
+        precision: Precision = (
+            "int8" if net.scheme is not None else target.float_precision or "fp32"
+        )
+        digest, _ = fingerprint(path)
+        script = SCRIPT.format(
+            title=target.title, precision=precision, version=target.runtime_version,
+            sha256=digest, flags=" ".join(map(shlex.quote, build_flags(net, target, precision))),
+        )  # fmt: skip
+        write_atomically(path.with_name("build_engine.sh"), script)
+        path.with_name("build_engine.sh").chmod(0o755)
+        manifest = {
+            "target": target.name,
+            "precision": precision,
+            "tensorrt": target.runtime_version,
+            "opset": target.opset,
+            "sha256": digest,
+            "io": net.io.model_dump(mode="json"),
+            "build": "build_engine.sh",
+            "checked": "parity.json: ONNX Runtime for the numbers; "
+            + (f"compiled for {target.compile_check}" if target.compile_check else "not compiled"),
+            "versions": versions,
+        }
+        write_atomically(path.with_name("manifest.json"), json.dumps(manifest, indent=1))
+        return versions
+
+    def load(self, path: Path, *, threads: int, emulated: bool = False) -> Session:
+        """Refused: the device runs it."""
+        raise StateError(f"{path}: build it on the device with build_engine.sh, and run it there")
+
+
+def build_flags(net: Network, target: Target, precision: Precision) -> list[str]:
+    """trtexec's flags, which differ from version to version."""
+    release = _release(target.runtime_version)
+    shapes = ",".join(f"{i.name}:{'x'.join(map(str, (1, *i.shape)))}" for i in net.io.inputs)
+    flags = ["--onnx=model.onnx", "--saveEngine=model.engine", f"--shapes={shapes}"]
+    if release < (11,):  # from 11 on, types are those of the ONNX
+        flags += {"fp32": [], "fp16": ["--fp16"], "int8": ["--int8", "--fp16"]}[precision]
+    if target.memory_mib is not None:
+        workspace = target.memory_mib // 4
+        flags.append(
+            f"--memPoolSize=workspace:{workspace}" if release >= (8, 4)
+            else f"--workspace={workspace}"
+        )  # fmt: skip
+    if release <= (8, 5):
+        flags.append("--buildOnly")
+    elif release >= (10, 3):
+        flags.append("--skipInference")
+    return flags
+
+
+def _release(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split("."))
+
+
+# ---- operators -----------------------------------------------------------------------------------
+
+
+@cache
+def _operators(runtime_version: str) -> tuple[str, dict[str, list[str]]]:
+    """(version, operator -> element types): the newest table that is not newer than the device."""
+    source = files("edgekd") / "runtimes" / "tensorrt_operators.json"
+    tables = json.loads(source.read_text())
+    del tables["source"]
+    known = [v for v in tables if _release(v) <= _release(runtime_version)]
+    newest = max(known, key=_release)
+    return newest, tables[newest]
+
+
+def check_operators(model: ir.Model, target: Target) -> None:
+    """Every operator and its element type must be in the parser's table.
+
+    Raises:
+        TargetError: what is not, with its nodes.
+    """
+    table_version, table = _operators(target.runtime_version)
+    refused: dict[str, list[str]] = {}
+    for node in model.graph:
+        types = table.get(node.op_type) if node.domain in ("", "ai.onnx") else None
+        if types is None:
+            refused.setdefault(node.op_type, []).append(str(node.name))
+            continue
+        value = node.inputs[0] if node.inputs else None
+        if value is None or value.dtype is None or node.op_type == "Cast":
+            continue
+        if not TYPES.get(value.dtype, set()) & set(types):
+            refused.setdefault(f"{node.op_type} of {value.dtype}", []).append(str(node.name))
+    if refused:
+        found = "; ".join(f"{kind} ({', '.join(names[:3])})" for kind, names in refused.items())
+        raise TargetError(
+            f"{target.name}: TensorRT {target.runtime_version} (operators of {table_version}) does "
+            f"not take {found}: use other layers, or a target with a newer TensorRT"
+        )
+
+
+# ---- compiling -----------------------------------------------------------------------------------
+
+
+def _real_tensorrt() -> Any:
+    """The vendor's own package where it can build: beside a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    try:
+        return import_module("tensorrt")
+    except ImportError:
+        return None
+
+
+def _tensorrt_rtx() -> Any:
+    try:
+        return import_module("tensorrt_rtx")
+    except ImportError:
+        raise MissingPackageError("tensorrt-rtx", "tensorrt") from None
+
+
+def compile_check(path: Path, target: Target, precision: Precision) -> CompileCheck:
+    """Compile the file for what stands in for the device, and read the layers' types.
+
+    Raises:
+        MissingPackageError: neither `tensorrt` with a GPU nor `tensorrt-rtx` is here.
+    """
+    trt = _real_tensorrt() or _tensorrt_rtx()
+    real = trt.__name__ == "tensorrt"
+    lines: list[str] = []
+
+    class Log(trt.ILogger):  # type: ignore[misc, name-defined]  # the vendor's, either one
+        def log(self, _: Any, message: str) -> None:
+            lines.append(message)
+
+    log = Log()
+    capability = "this GPU" if real else str(target.compile_check)
+    builder = trt.Builder(log)
+    flags = 1 if real and _release(trt.__version__)[0] < 10 else 0  # 1: explicit batch
+    network = builder.create_network(flags)
+    parser = trt.OnnxParser(network, log)
+    common: dict[str, Any] = {
+        "tool": trt.__name__.replace("_", "-"), "version": trt.__version__,
+        "capability": capability,
+    }  # fmt: skip
+    if not parser.parse(path.read_bytes()):
+        errors = [parser.get_error(i) for i in range(parser.num_errors)]
+        return CompileCheck(
+            **common,
+            error="; ".join(f"{e.node_name()} ({e.node_operator()}): {e.desc()}" for e in errors),
+        )
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if real and precision != "fp32" and _release(trt.__version__)[0] < 11:
+        config.set_flag(trt.BuilderFlag.FP16)
+        if precision == "int8":
+            config.set_flag(trt.BuilderFlag.INT8)
+    if not real:
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(getattr(trt.ComputeCapability, capability), 0)
+    profile = builder.create_optimization_profile()
+    for index in range(network.num_inputs):
+        value = network.get_input(index)
+        shape = (1, *tuple(value.shape)[1:])
+        profile.set_shape(value.name, shape, shape, shape)
+    config.add_optimization_profile(profile)
+    engine = builder.build_serialized_network(network, config)
+    if engine is None:
+        return CompileCheck(**common, error=lines[-1] if lines else "no engine came out")
+    if real:
+        path.with_suffix(".engine").write_bytes(engine)
+        layers = list(_layers_of_engine(trt, log, engine))
+    else:
+        layers = list(_layers_of_log(lines))
+    if precision != "int8":
+        return CompileCheck(**common)
+    matrix = [n.name for n in onnx.load(path).graph.node if n.op_type in MATRIX_OPS]
+    floating = tuple(name for name in matrix if not _in_integers(name, layers))
+    return CompileCheck(
+        **common, integer=len(matrix) - len(floating), total=len(matrix), floating=floating
+    )
+
+
+# kind of layer, element types of its inputs, names of the ONNX nodes in it
+Layer = tuple[str, list[str], list[str]]
+
+
+def _layers_of_log(lines: list[str]) -> Iterator[Layer]:
+    """What `tensorrt-rtx` logs of its engine."""
+    for line in "\n".join(lines).splitlines():
+        if kind := re.search(r", LayerType: (\w+),", line):
+            inputs = re.search(r"Inputs: \[(.*?)\](?:, Constants:|, Outputs:)", line)
+            yield (
+                kind[1],
+                re.findall(r"Datatype: (\w+)", inputs[1]) if inputs else [],
+                re.findall(r"\[ONNX Layer: ([^\]]+)\]", line),
+            )
+
+
+def _layers_of_engine(trt: Any, log: Any, engine: Any) -> Iterator[Layer]:
+    """What TensorRT's engine inspector says."""
+    inspector = trt.Runtime(log).deserialize_cuda_engine(engine).create_engine_inspector()
+    text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
+    for layer in json.loads(text)["Layers"]:
+        types = [str(tensor["Format/Datatype"]) for tensor in layer["Inputs"]]
+        nodes = re.findall(r"\[ONNX Layer: ([^\]]+)\]", layer.get("Metadata", ""))
+        yield (
+            layer["LayerType"], ["Int8" if "int8" in t.lower() else t for t in types],
+            nodes or [layer["Name"]],
+        )  # fmt: skip
+
+
+def _in_integers(node: str, layers: list[Layer]) -> bool:
+    """Whether the layer that does the node's work reads Int8 only.
+
+    A node is also named by the generated kernels (`kgen`) that prepare its input or scale its
+    output; they count only where nothing else names it.
+    """
+    own = [layer for layer in layers if node in layer[2]]
+    work = [layer for layer in own if layer[0] != "kgen"] or own
+    return any(types and set(types) == {"Int8"} for _, types, _ in work)
