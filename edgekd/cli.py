@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from edgekd import __version__
+from edgekd.cli_facts import FACTS
+from edgekd.cli_stages import STAGES
 from edgekd.errors import EdgekdError, RecipeError, nearest
 
 app = typer.Typer(
@@ -84,6 +86,10 @@ def init(
         raise RecipeError(f"{path} exists; choose another name, or remove it first")
     path.write_text(shipped[recipe])
     print(f"wrote {path}; run it: edgekd run {path}")
+
+
+for command in (*STAGES, *FACTS):
+    app.command()(command)
 
 
 @app.callback(invoke_without_command=True)

@@ -99,15 +99,42 @@ def run(recipe: Recipe | str | Path, *, out: str | Path = "runs", fresh: bool = 
         return _Run(recipe, targets, folder, fresh).report()
 
 
+def task_and_data(recipe: Recipe) -> tuple[Task, Data]:
+    """What a recipe's sections of these names say."""
+    options = recipe.task.model_dump()
+    task = get_task(options.pop("name"), **options)
+    return task, read_data(**recipe.data.model_dump())
+
+
+def new_network(section: StudentSection, data: Data, recipe: Recipe) -> Network:
+    """Built by its name for the data, seeded, with the section's weights if it has any."""
+    build = section.build()
+    known = {"num_classes": len(data.classes)}
+    if build.model.startswith("edgekd/"):
+        known["in_channels"] = data.image_shape[0]
+    if ":" not in build.model:
+        build = build.model_copy(update={"kwargs": known | build.kwargs})
+    torch.manual_seed(recipe.seed)
+    # the recipe's author named the callable: that is the trust it needs
+    module = build_module(build, trust=True, origin=f"recipe {recipe.name}")
+    if section.weights is not None:
+        load_weights(module, section.weights)
+    return Network(
+        module,
+        torch.zeros(1, *data.image_shape),
+        preprocessing=data.preprocessing,
+        labels=data.classes,
+        build=build.without_fetching(),
+    )
+
+
 class _Run:
     """One recipe being carried out."""
 
     def __init__(self, recipe: Recipe, targets: list[Target], folder: Path, fresh: bool) -> None:
         self.recipe, self.targets, self.folder, self.fresh = recipe, targets, folder, fresh
         self._asked: set[Path] = set()  # folders that this run has named: fresh empties each once
-        options = recipe.task.model_dump()
-        self.task: Task = get_task(options.pop("name"), **options)
-        self.data: Data = read_data(**recipe.data.model_dump())
+        self.task, self.data = task_and_data(recipe)
         self._learning: dict[str, Any] = {
             "task": self.task, "data": self.data, "seed": recipe.seed, "cache": folder / "cache"
         }  # fmt: skip
@@ -276,25 +303,7 @@ class _Run:
         )  # fmt: skip
 
     def _network(self, section: StudentSection) -> Network:
-        """Built by its name, seeded, with the section's weights if it has any."""
-        build = section.build()
-        known = {"num_classes": len(self.data.classes)}
-        if build.model.startswith("edgekd/"):
-            known["in_channels"] = self.data.image_shape[0]
-        if ":" not in build.model:
-            build = build.model_copy(update={"kwargs": known | build.kwargs})
-        torch.manual_seed(self.recipe.seed)
-        # the recipe's author named the callable: that is the trust it needs
-        module = build_module(build, trust=True, origin=f"recipe {self.recipe.name}")
-        if section.weights is not None:
-            load_weights(module, section.weights)
-        return Network(
-            module,
-            torch.zeros(1, *self.data.image_shape),
-            preprocessing=self.data.preprocessing,
-            labels=self.data.classes,
-            build=build.without_fetching(),
-        )
+        return new_network(section, self.data, self.recipe)
 
     def _inputs(self, section: StudentSection, options: dict[str, Any]) -> dict[str, Any]:
         weights = None

@@ -1,0 +1,146 @@
+"""The command line's questions: targets, a run's report, and what this machine has."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from edgekd.errors import StateError
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+# package -> what it is for, and the extra that brings it; None: edgekd does not run without it
+PACKAGES: dict[str, tuple[str, str | None]] = {
+    "torch": ("networks and training", None),
+    "torchvision": ("models and data by name", None),
+    "torchao": ("conversion to integers", None),
+    "torch-pruning": ("groups of channels", None),
+    "lightning-fabric": ("the training loop", None),
+    "onnx": ("the exported file", None),
+    "onnxscript": ("export", None),
+    "onnxruntime": ("host-onnxruntime, and every emulated check", None),
+    "openvino": ("intel-cpu", "openvino"),
+    "tensorrt-rtx": ("the compile check of Jetson Orin artifacts", "tensorrt"),
+    "timm": ("models by name", "timm"),
+    "nncf": ("a baseline in benchmarks", "nncf"),
+}
+
+
+def targets(
+    name: Annotated[str | None, typer.Argument(help="One target, with its sources.")] = None,
+    as_json: Json = False,
+) -> None:
+    """The devices that edgekd knows, and how each is checked here.
+
+    Example: edgekd targets jetson-orin-nano
+    """
+    from edgekd.target import Target, target_names
+
+    known = [Target.load(n) for n in ([name] if name else target_names())]
+    if as_json:
+        values = [target.model_dump(mode="json") for target in known]
+        print(json.dumps(values[0] if name else values, indent=1))
+        return
+    table = Table(title=known[0].title if name else "targets")
+    if name:
+        table.add_column("fact")
+        table.add_column("value", overflow="fold")
+        for key, value in known[0].model_dump(exclude={"source", "title"}).items():
+            if value not in (None, "", {}, ()):
+                table.add_row(key, str(value))
+        for source in known[0].source:
+            table.add_row("source", f"{source.fact}: {source.url}")
+    else:
+        for heading in ("name", "device", "runtime", "precisions", "checked here"):
+            table.add_column(heading, overflow="fold")
+        for t in known:
+            here = "native" if t.native_here else "emulated" if t.verifier == "emulated" else "no"
+            here += f", compiled for {t.compile_check}" if t.compile_check else ""
+            table.add_row(
+                t.name, t.title, f"{t.runtime} {t.runtime_version}", ", ".join(t.precisions), here
+            )
+    Console(width=None if Console().is_terminal else 140).print(table)
+
+
+def report(
+    run: Annotated[Path, typer.Argument(help="A run's folder (runs/NAME), or its report.json.")],
+) -> None:
+    """Show the report of a run again.
+
+    Example: edgekd report runs/fashion-mnist
+    """
+    from pydantic import ValidationError
+
+    from edgekd.reporting.report import Report
+
+    path = run if run.suffix == ".json" else run / "report" / "report.json"
+    if not path.is_file():
+        raise StateError(f"{path} does not exist; a run that has ended writes it (edgekd run)")
+    try:
+        loaded = Report.load(path)
+    except (ValidationError, ValueError):
+        raise StateError(
+            f"{path} is damaged, or another version's; run the recipe again: what is done stays"
+        ) from None
+    loaded.print(Console(width=None if Console().is_terminal else 140))
+
+
+def doctor(as_json: Json = False) -> None:
+    """What is installed, what is missing, and the command that gets it.
+
+    Exits 1 if edgekd cannot run.
+
+    Example: edgekd doctor
+    """
+    import torch
+
+    from edgekd.latency.measuring import host_name
+    from edgekd.target import host_instruction_set
+
+    rows = [_installed(name, *facts) for name, facts in PACKAGES.items()]
+    instructions = host_instruction_set()
+    exact = instructions in ("amx", "avx512_vnni", "avx_vnni", "neon")
+    facts: dict[str, Any] = {
+        "python": platform.python_version(),
+        "processor": host_name(),
+        "integers": "eight-bit weights are exact" if exact else "7-bit weights: eight saturate",
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "own targets": os.environ.get("EDGEKD_HOME") or "none (EDGEKD_HOME is not set)",
+    }
+    if as_json:
+        print(json.dumps({"packages": rows, **facts}, indent=1))
+    else:
+        table = Table(title="packages")
+        for heading in ("package", "version", "for", "to get it"):
+            table.add_column(heading, overflow="fold")
+        for row in rows:
+            cells = (row["name"], row["version"] or "missing", row["for"], row["remedy"])
+            table.add_row(*map(escape, cells))
+        console = Console(width=None if Console().is_terminal else 140)
+        console.print(table)
+        for name, value in facts.items():
+            console.print(f"{name}: {value}", highlight=False, markup=False)
+    if any(row["version"] is None and row["needed"] for row in rows):
+        raise typer.Exit(1)
+
+
+def _installed(name: str, purpose: str, extra: str | None) -> dict[str, Any]:
+    found: str | None
+    try:
+        found, remedy = version(name), ""
+    except PackageNotFoundError:
+        package = f"'edgekd[{extra}]'" if extra else name
+        found, remedy = None, f"pip install {package}"
+    return {"name": name, "version": found, "for": purpose, "needed": extra is None,
+            "remedy": remedy}  # fmt: skip
+
+
+FACTS = (targets, report, doctor)

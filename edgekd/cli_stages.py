@@ -1,0 +1,287 @@
+"""The command line's single stages: one verb on one network, with a recipe for its data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from edgekd.errors import RecipeError, StateError
+
+Folder = Annotated[
+    Path, typer.Argument(help="A network: a folder with spec.json, as stages write.")
+]
+RecipeOption = Annotated[
+    str, typer.Option("--recipe", help="A recipe file or a shipped name: data, task and options.")
+]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one value; repeatable."),
+]
+Out = Annotated[Path, typer.Option(help="The folder to write to.")]
+TargetOption = Annotated[str, typer.Option(help="A target's name (edgekd targets).")]
+TeacherOption = Annotated[
+    Path | None, typer.Option(help="A network to learn from; none: labels only.")
+]
+Trust = Annotated[
+    bool, typer.Option("--trust", help="Run a model's factory outside edgekd, torchvision, timm.")
+]
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What a recipe says, loaded."""
+
+    recipe: Any
+    task: Any
+    data: Any
+
+    @property
+    def learning(self) -> dict[str, Any]:
+        return {"task": self.task, "data": self.data, "seed": self.recipe.seed}
+
+
+def _given(recipe: str, changes: list[str] | None) -> _Given:
+    from edgekd.pipeline import task_and_data
+    from edgekd.recipe import Recipe
+
+    loaded = Recipe.load(recipe, changes=changes or ())
+    return _Given(loaded, *task_and_data(loaded))
+
+
+def _load(folder: Path | None, trust: bool) -> Any:
+    from edgekd.network import Network
+
+    return None if folder is None else Network.load(folder, trust=trust)
+
+
+def _stage(
+    out: Path, inputs: dict[str, Any], given: _Given | None, make: Callable[[Any], Any]
+) -> None:
+    """Make the network in `out`, resuming the same command, and say what came out."""
+    from edgekd.network import write_atomically
+    from edgekd.rundir import RunDir
+    from edgekd.training import evaluate, fabric
+
+    run = RunDir(out)
+    if run.done() is not None:
+        raise StateError(f"{out} holds a finished stage; give another folder, or remove it")
+    text = json.dumps(inputs, sort_keys=True, default=str)
+    started = out / "inputs.json"
+    if started.exists() and started.read_text() != text:
+        raise StateError(
+            f"{out} holds a stage that was begun with other options; give another folder, or "
+            "remove it"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(started, text)
+    net = make(run)
+    record: dict[str, Any] = {}
+    said = f"{net.params:,} parameters, {net.macs / 1e6:.2f} M MACs"
+    if given is not None:
+        score = evaluate(net, task=given.task, data=given.data, on=fabric())
+        record["score"] = score.model_dump(mode="json")
+        low, high = score.ci95
+        said = f"{given.task.metric_name} {score.value:.2%} ({low:.2%} to {high:.2%}), {said}"
+    net.save(out)
+    run.finish(record)
+    print(f"{out}: {said}")
+
+
+def distill(
+    recipe: RecipeOption,
+    out: Out,
+    student: Annotated[
+        Path | None, typer.Option(help="A network to train; none: the recipe's \\[student].")
+    ] = None,
+    teacher: TeacherOption = None,
+    change: Changes = None,
+    trust: Trust = False,
+) -> None:
+    """Train a float network, from a teacher or plainly.
+
+    Example: edgekd distill --recipe my.toml --teacher runs/my/teacher-1a2b --out student
+    """
+    from edgekd.pipeline import new_network
+    from edgekd.stages.distill import distill as verb
+
+    given = _given(recipe, change)
+    options = given.recipe.distill.model_dump()
+    if teacher is None:
+        options["hints"] = ()
+    net = _load(student, trust) or new_network(given.recipe.student, given.data, given.recipe)
+    inputs = {"distill": student, "teacher": teacher, "recipe": given.recipe.model_dump()}
+    _stage(out, inputs, given, lambda run: verb(
+        net, teacher=_load(teacher, trust), run=run, **given.learning, **options
+    ))  # fmt: skip
+
+
+def prune(
+    network: Folder,
+    out: Out,
+    ratio: Annotated[float | None, typer.Option(help="Share of the channels to remove.")] = None,
+    macs: Annotated[float | None, typer.Option(help="MACs to keep: a share or a count.")] = None,
+    params: Annotated[float | None, typer.Option(help="Parameters to keep, likewise.")] = None,
+    round_to: Annotated[int | None, typer.Option(help="Widths are multiples of this.")] = None,
+    target: Annotated[str | None, typer.Option(help="A target, for its multiple.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", help=r"With its \[prune] section: retrains too.")
+    ] = None,
+    teacher: TeacherOption = None,
+    change: Changes = None,
+    trust: Trust = False,
+) -> None:
+    """Remove whole channels; with a recipe, retrain.
+
+    Example: edgekd prune runs/my/distill-1a2b --ratio 0.3 --out narrow
+
+    Example: edgekd prune runs/my/distill-1a2b --recipe my.toml --out narrow
+    """
+    from edgekd.stages.prune import prune as verb
+
+    goals = {"ratio": ratio, "macs": macs, "params": params}
+    options: dict[str, Any] = {}
+    given = None
+    if recipe is not None:
+        given = _given(recipe, change)
+        if given.recipe.prune is None:
+            raise RecipeError(f"{recipe} has no [prune] section; add one, or leave --recipe out")
+        options = given.recipe.prune.model_dump() | given.learning
+        if teacher is None:
+            options["hints"] = ()
+    if any(goal is not None for goal in goals.values()):
+        options |= goals
+    if round_to is not None:
+        options["round_to"] = round_to
+    net = _load(network, trust)
+    plain = {name: value for name, value in options.items() if name not in ("task", "data")}
+    inputs = {"prune": network, "teacher": teacher, "target": target, "options": plain}
+    _stage(out, inputs, given, lambda run: verb(
+        net, target=target, teacher=_load(teacher, trust), run=run, **options
+    ))  # fmt: skip
+
+
+def quantize(
+    network: Folder,
+    recipe: RecipeOption,
+    target: TargetOption,
+    out: Out,
+    teacher: TeacherOption = None,
+    change: Changes = None,
+    trust: Trust = False,
+) -> None:
+    """Turn a float network into a target's integers; trained further if quantize.epochs.
+
+    Example: edgekd quantize runs/my/distill-1a2b --recipe my.toml --target intel-cpu --out q
+    """
+    from edgekd.stages.quantize import quantize as verb
+
+    given = _given(recipe, change)
+    options = given.recipe.quantize.model_dump()
+    if teacher is None:
+        options["hints"] = ()
+    net = _load(network, trust)
+    inputs = {"quantize": network, "teacher": teacher, "target": target,
+              "recipe": given.recipe.model_dump()}  # fmt: skip
+    _stage(out, inputs, given, lambda run: verb(
+        net, target=target, teacher=_load(teacher, trust), run=run, **given.learning, **options
+    ))  # fmt: skip
+
+
+def export(
+    network: Folder,
+    target: Annotated[list[str], typer.Option(help="A target's name; repeatable.")],
+    out: Out,
+    trust: Trust = False,
+) -> None:
+    """Write what a target runs; with several, into a folder for each.
+
+    Example: edgekd export runs/my/quantize-1a2b --target intel-cpu --out artifact
+    """
+    from edgekd.stages.export import export as verb
+
+    net = _load(network, trust)
+    for name in target:
+        artifact = verb(net, target=name, out=out if len(target) == 1 else out / name)
+        print(f"{artifact.path}: {artifact.precision}, {artifact.size_bytes:,} bytes")
+
+
+def verify(
+    artifact: Annotated[Path, typer.Argument(help="The folder of an artifact.")],
+    network: Folder,
+    recipe: RecipeOption,
+    change: Changes = None,
+    trust: Trust = False,
+) -> None:
+    """Compare an artifact with the network it came from, over the whole test split.
+
+    Exits 1 if the gate is not passed.
+
+    Example: edgekd verify artifact runs/my/quantize-1a2b --recipe my.toml
+    """
+    from edgekd.network import write_atomically
+    from edgekd.runtimes.base import Artifact
+    from edgekd.stages.verify import verify as verb
+
+    given = _given(recipe, change)
+    parity = verb(
+        Artifact.load(artifact), _load(network, trust), data=given.data, task=given.task,
+        **given.recipe.verify.model_dump(),
+    )  # fmt: skip
+    write_atomically(artifact / "parity.json", parity.model_dump_json(indent=1))
+    table = Table(title=f"{parity.target} {parity.precision}: {parity.gate}")
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    for name, value in parity.model_dump(exclude={"target", "precision", "gate"}).items():
+        if value not in (None, (), []):
+            table.add_row(name, f"{value:.6g}" if isinstance(value, float) else str(value))
+    Console().print(table)
+    if parity.gate != "passed":
+        raise typer.Exit(1)
+
+
+def profile(
+    artifacts: Annotated[
+        list[Path], typer.Argument(help="Model files, or folders of artifacts; timed in turns.")
+    ],
+    target: TargetOption,
+    runs: Annotated[int, typer.Option(help="Timed runs of each, at most.")] = 300,
+    threads: Annotated[int, typer.Option(help="Threads of the runtime.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure latency on this machine, batch 1.
+
+    Example: edgekd profile model.onnx artifact --target host-onnxruntime
+    """
+    from edgekd.runtimes.base import Artifact
+    from edgekd.stages.profile import profile_together
+
+    given = [Artifact.load(path) if path.is_dir() else path for path in artifacts]
+    for path in artifacts:
+        if not path.exists():
+            raise StateError(f"{path} does not exist; give a model file or an artifact's folder")
+    measured = profile_together(given, target=target, runs=runs, threads=threads)
+    if as_json:
+        print(json.dumps([m.model_dump(mode="json") for m in measured], indent=1))
+        return
+    first = measured[0]
+    table = Table(
+        title=f"{first.host}: {first.runtime} {first.runtime_version}, batch 1, "
+        f"{first.threads} thread(s), {first.clock} clock, {first.runs} runs"
+    )
+    for heading in ("file", "p50 ms", "p90 ms", "p99 ms", "load ms", "peak MiB"):
+        table.add_column(heading, justify="left" if heading == "file" else "right")
+    for path, m in zip(artifacts, measured, strict=True):
+        peak = "" if m.peak_memory_mib is None else f"{m.peak_memory_mib:.1f}"
+        figures = (f"{x:.3f}" for x in (m.p50_ms, m.p90_ms, m.p99_ms, m.load_ms))
+        table.add_row(str(path), *figures, peak)
+    Console().print(table)
+
+
+STAGES = (distill, prune, quantize, export, verify, profile)
