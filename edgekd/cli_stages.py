@@ -65,7 +65,7 @@ def _stage(
     out: Path, inputs: dict[str, Any], given: _Given | None, make: Callable[[Any], Any]
 ) -> None:
     """Make the network in `out`, resuming the same command, and say what came out."""
-    from edgekd.network import write_atomically
+    from edgekd.files import write_atomically
     from edgekd.rundir import RunDir
     from edgekd.training import evaluate, fabric
 
@@ -225,7 +225,7 @@ def verify(
 
     Example: edgekd verify artifact runs/my/quantize-1a2b --recipe my.toml
     """
-    from edgekd.network import write_atomically
+    from edgekd.files import write_atomically
     from edgekd.runtimes.base import Artifact
     from edgekd.stages.verify import verify as verb
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -14,12 +13,13 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils.flop_counter import FlopCounterMode
 
 from edgekd.errors import ModelError, StateError, describe_invalid
+from edgekd.files import write_atomically
 from edgekd.models.build import Build, build_module
 from edgekd.pruning.layers import Resized, resize
 from edgekd.target import QuantScheme
@@ -278,9 +278,7 @@ class Network:
             "quant": quant,
         }
         tensors = {name: t.detach().cpu().contiguous().clone() for name, t in self.state().items()}
-        temporary = folder / f".weights.{os.getpid()}"
-        save_file(tensors, temporary)
-        temporary.replace(folder / "weights.safetensors")
+        write_atomically(folder / "weights.safetensors", save(tensors))
         write_atomically(folder / "spec.json", json.dumps(spec, indent=1))
 
     @staticmethod
@@ -374,10 +372,3 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except SafetensorError as error:
         raise StateError(f"{path} is damaged: {error}") from None
     return tensors
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write beside `path`, then rename: a reader sees the old text or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    temporary.replace(path)

@@ -30,9 +30,10 @@ from edgekd import __version__
 from edgekd.data.base import Data
 from edgekd.data.readers import read_data
 from edgekd.errors import RecipeError, StateError
+from edgekd.files import write_atomically
 from edgekd.latency.measuring import Measurement, host_name
-from edgekd.models.build import build_module, load_weights, source_sha256
-from edgekd.network import Network, write_atomically
+from edgekd.models.build import build_module, load_weights, source_sha256, weights_sha256
+from edgekd.network import Network
 from edgekd.quantization.placement import describe, left_in_float
 from edgekd.recipe import PruneSection, Recipe, StudentSection
 from edgekd.reporting.progress import console
@@ -306,13 +307,10 @@ class _Run:
         return new_network(section, self.data, self.recipe)
 
     def _inputs(self, section: StudentSection, options: dict[str, Any]) -> dict[str, Any]:
-        weights = None
-        if section.weights is not None and section.weights.is_file():
-            weights = hashlib.sha256(section.weights.read_bytes()).hexdigest()
         return {
             "build": section.build().model_dump(mode="json"),
             "source": source_sha256(section.build()),
-            "weights": weights,
+            "weights": None if section.weights is None else weights_sha256(section.weights),
             "options": options,
         }
 

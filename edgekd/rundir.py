@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from edgekd.errors import StateError
-from edgekd.network import write_atomically
+from edgekd.files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,9 @@ class RunDir:
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Replace the checkpoint; `state` holds tensors and plain values only."""
         self.path.mkdir(parents=True, exist_ok=True)
-        temporary = self.path / f".last.ckpt.{os.getpid()}"
-        try:
-            torch.save(state, temporary)
-            temporary.replace(self.path / "last.ckpt")
-        finally:
-            temporary.unlink(missing_ok=True)
+        content = io.BytesIO()  # torch.save into a full disk raises no OSError
+        torch.save(state, content)
+        write_atomically(self.path / "last.ckpt", content.getvalue())
 
     def load_checkpoint(self) -> dict[str, Any] | None:
         """The last checkpoint, None if there is none.

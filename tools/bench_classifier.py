@@ -30,9 +30,9 @@ import torch
 
 import edgekd
 from edgekd.data.readers import read_data
+from edgekd.files import write_atomically
 from edgekd.latency.measuring import host_name, today
 from edgekd.models.build import Build, build_module
-from edgekd.network import write_atomically
 from edgekd.rundir import RunDir
 from edgekd.stages.profile import profile_together
 from edgekd.tasks.base import paired_difference

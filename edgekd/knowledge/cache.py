@@ -22,9 +22,9 @@ from torch import Tensor
 
 from edgekd.data.base import BatchSource, Data, sha256, view_batches, views
 from edgekd.errors import StateError
+from edgekd.files import write_atomically
 from edgekd.knowledge.taps import Features
 from edgekd.knowledge.teachers import Teacher, TeacherLike, as_teacher, module_of
-from edgekd.network import write_atomically
 from edgekd.reporting.progress import Progress, console
 
 FORMAT = 1

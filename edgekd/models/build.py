@@ -93,6 +93,21 @@ def source_sha256(build: Build) -> str | None:
     return None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
+def weights_sha256(path: Path) -> str:
+    """SHA-256 of a file of weights.
+
+    Raises:
+        ModelError: no such file.
+    """
+    _check_exists(path)
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _check_exists(path: Path) -> None:
+    if not path.is_file():
+        raise ModelError(f"weights {path} do not exist")
+
+
 def import_callable(name: str, origin: str) -> Any:
     """The object that `package.module:callable` names."""
     package, _, attribute = name.partition(":")
@@ -115,8 +130,7 @@ def load_weights(module: nn.Module, path: Path) -> None:
         ModelError: no such file, a damaged one, one that would need pickle to run code, or
             names and shapes that do not fit.
     """
-    if not path.is_file():
-        raise ModelError(f"weights {path} do not exist")
+    _check_exists(path)
     try:
         if path.suffix == ".safetensors":
             state: Any = load_file(path)

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from edgekd.files import write_atomically
 from edgekd.latency.measuring import Measurement
-from edgekd.network import write_atomically
 from edgekd.runtimes.base import CompileCheck
 from edgekd.stages.verify import Gate, TensorDifference
 from edgekd.tasks.base import Score

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from edgekd.errors import StateError, TargetError, describe_invalid, nearest
-from edgekd.network import Network, write_atomically
+from edgekd.files import write_atomically
+from edgekd.network import Network
 from edgekd.target import Precision, Target
 
 Arrays = list[NDArray[np.float32]]

@@ -46,7 +46,10 @@ class OpenVino:
             source = Path(folder) / "model.onnx"
             versions = save_onnx(to_onnx(net, target), source)
             model = openvino.convert_model(source)
-            openvino.save_model(model, path, compress_to_fp16=False)
+            try:
+                openvino.save_model(model, path, compress_to_fp16=False)
+            except RuntimeError as error:
+                raise OSError(f"OpenVINO could not write {path}: {error}") from None
         return versions | {"openvino": self.version()}
 
     def load(self, path: Path, *, threads: int, emulated: bool = False) -> OpenVinoSession:

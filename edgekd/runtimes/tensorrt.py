@@ -25,7 +25,8 @@ import onnx_ir as ir
 import torch
 
 from edgekd.errors import MissingPackageError, StateError, TargetError
-from edgekd.network import Network, write_atomically
+from edgekd.files import write_atomically
+from edgekd.network import Network
 from edgekd.runtimes.base import CompileCheck, Session, fingerprint
 from edgekd.runtimes.onnx_graph import MATRIX_OPS, save_onnx, to_onnx
 from edgekd.target import Precision, Target
