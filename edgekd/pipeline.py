@@ -45,7 +45,6 @@ from edgekd.reporting.report import (
     Report,
     StageRow,
     TeacherRow,
-    stage_row,
 )
 from edgekd.rundir import RunDir
 from edgekd.runtimes.base import Artifact, get_runtime
@@ -193,6 +192,7 @@ class _Run:
                 fingerprint=self.data.fingerprint,
                 train=len(self.data.splits["train"]),
                 test=len(self.data.splits["test"]),
+                classes=tuple(self.data.classes),
             ),
             teacher=teacher_row,
             stages=tuple(stages),
@@ -460,7 +460,12 @@ class _Run:
     # ---- words -------------------------------------------------------------------------------
 
     def _row(self, name: str, node: Node, note: str) -> StageRow:
-        return stage_row(name, node.score, node.net.params, node.net.macs, note)
+        score = node.score
+        return StageRow(
+            name=name, metric=score.value, metric_ci95=score.ci95, n=score.n,
+            metric_by_class=score.by_class, params=node.net.params, macs=node.net.macs, note=note,
+            history=tuple(RunDir(self.folder / node.key).history()),
+        )  # fmt: skip
 
     def _teacher_note(self) -> str:
         section = self.recipe.teacher

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -13,9 +14,8 @@ from edgekd.files import write_atomically
 from edgekd.latency.measuring import Measurement
 from edgekd.runtimes.base import CompileCheck
 from edgekd.stages.verify import Gate, TensorDifference
-from edgekd.tasks.base import Score
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 Interval = tuple[float, float]
 
 
@@ -24,7 +24,12 @@ class _Row(BaseModel):
 
 
 class StageRow(_Row):
-    """A network on the way: metric on the test split, size, and what was done."""
+    """A network on the way: metric on the test split, size, and what was done.
+
+    Attributes:
+        metric_by_class: in the order of the data's classes; None where a class has no samples.
+        history: of its training: epoch, step, and the mean of each term of the loss.
+    """
 
     name: str
     metric: float
@@ -33,6 +38,8 @@ class StageRow(_Row):
     params: int
     macs: int
     note: str = ""
+    metric_by_class: tuple[float | None, ...] = ()
+    history: tuple[dict[str, float], ...] = ()
 
 
 class ControlRow(StageRow):
@@ -83,6 +90,21 @@ class ArtifactRow(_Row):
     why: str
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What one target gets: nothing, or an artifact beside the teacher.
+
+    Attributes:
+        times_faster: than the teacher's FP32 on this host; None where this host is not the target.
+        points: of the metric, more than the teacher's.
+    """
+
+    target: str
+    ships: ArtifactRow | None
+    times_faster: float | None
+    points: float | None
+
+
 class DataRow(_Row):
     """The data that figures come from."""
 
@@ -90,6 +112,7 @@ class DataRow(_Row):
     fingerprint: str
     train: int
     test: int
+    classes: tuple[str, ...]
 
 
 class Report(_Row):
@@ -116,26 +139,52 @@ class Report(_Row):
         return Report.model_validate_json(Path(path).read_text())
 
     def save(self) -> None:
-        """Write `report.json` at `path`."""
+        """Write `report.json` at `path`, and the page `report.html` beside it."""
+        from edgekd.reporting.page import page
+
         path = Path(self.path)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, self.model_dump_json(indent=1))
+        write_atomically(self.page_path, page(self))
+
+    @property
+    def page_path(self) -> Path:
+        """Where the page is."""
+        return Path(self.path).with_suffix(".html")
+
+    @property
+    def answers(self) -> list[Answer]:
+        """What each target gets, beside the teacher; first of all that users ask for."""
+        latency = {row.target: row.latency_p50_ms for row in self.teacher.latency}
+        found = []
+        for target in dict.fromkeys(row.target for row in self.artifacts):
+            ships = next((r for r in self.artifacts if r.target == target and r.ships), None)
+            times = None
+            if ships and ships.latency_p50_ms and target in latency:
+                times = latency[target] / ships.latency_p50_ms
+            points = None
+            if ships and ships.metric is not None:
+                points = 100 * (ships.metric - self.teacher.metric)
+            found.append(Answer(target, ships, times, points))
+        return found
+
+    @property
+    def smaller(self) -> float:
+        """Parameters of the teacher, for each of the last stage's."""
+        return self.teacher.params / self.stages[-1].params
 
     def print(self, console: Console) -> None:
         """The tables and the verdict, for people."""
         console.print(self._stage_table())
+        if self.controls:
+            console.print(self._control_table())
         console.print(self._artifact_table())
         for row in self.artifacts:
             if row.ships:
                 console.print(f"{row.target}: ships {row.precision}, {escape(row.why)}")
         for row in self.artifacts:
             if (check := row.compiled) is not None and check.error is None:
-                console.print(
-                    f"{row.target} {row.precision}: compiled by {check.tool} {check.version} for "
-                    f"{check.capability}, not on the device"
-                    + (f"; {check.integer} of {check.total} matrix operators in Int8"
-                       if check.total else "")
-                )  # fmt: skip
+                console.print(f"{row.target} {row.precision}: {escape(check.summary)}")
             for reason in row.reasons:
                 console.print(f"{row.target} {row.precision} [bold]{row.gate}[/]: {escape(reason)}")
             if row.worst_tensors:
@@ -143,7 +192,7 @@ class Report(_Row):
             for worst in row.worst_tensors[:5]:
                 console.print(f"  {worst.tensor}: {worst.mean_steps:.3g}, {worst.max_steps:.3g}")
         console.print(f"{'all gates passed' if self.passed else 'NOT all gates passed'}")
-        console.print(f"report: {escape(self.path)}", soft_wrap=True)
+        console.print(f"report: {escape(str(self.page_path))}", soft_wrap=True)
 
     def _stage_table(self) -> Table:
         note = f", {escape(self.note)}" if self.note else ""
@@ -157,6 +206,19 @@ class Report(_Row):
             table.add_row(
                 row.name, _percent(row.metric, row.metric_ci95), f"{row.params:,}",
                 f"{row.macs / 1e6:.2f} M", escape(row.note),
+            )  # fmt: skip
+        return table
+
+    def _control_table(self) -> Table:
+        table = Table(title="controls: the same student without one thing")
+        for heading in ("control", self.metric_name, "stage", "points more (95 % interval)"):
+            table.add_column(
+                heading, justify="left" if heading in ("control", "stage") else "right"
+            )
+        for row in self.controls:
+            table.add_row(
+                row.name, _percent(row.metric, row.metric_ci95), row.against,
+                signed(row.difference, row.difference_ci95),
             )  # fmt: skip
         return table
 
@@ -199,15 +261,18 @@ ARTIFACT_COLUMNS = (
 )  # fmt: skip
 
 
-def _percent(value: float | None, interval: Interval | None) -> str:
-    if value is None or interval is None:
+def interval(ci95: Interval) -> str:
+    """An interval of shares, in per cent."""
+    return f"{100 * ci95[0]:.2f}–{100 * ci95[1]:.2f}"
+
+
+def signed(value: float, ci95: Interval) -> str:
+    """A difference of shares in points, with its interval."""
+    low, high = (100 * x for x in ci95)
+    return f"{100 * value:+.2f} ({low:+.2f} to {high:+.2f})"
+
+
+def _percent(value: float | None, ci95: Interval | None) -> str:
+    if value is None or ci95 is None:
         return ""
-    return f"{100 * value:.2f} ({100 * interval[0]:.2f}–{100 * interval[1]:.2f})"
-
-
-def stage_row(name: str, score: Score, params: int, macs: int, note: str = "") -> StageRow:
-    """A row from a score."""
-    return StageRow(
-        name=name, metric=score.value, metric_ci95=score.ci95, n=score.n, params=params,
-        macs=macs, note=note,
-    )  # fmt: skip
+    return f"{100 * value:.2f} ({interval(ci95)})"

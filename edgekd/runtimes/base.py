@@ -119,6 +119,16 @@ class CompileCheck(BaseModel):
     floating: tuple[str, ...] = ()
     error: str | None = None
 
+    @property
+    def summary(self) -> str:
+        """In one sentence."""
+        if self.error is not None:
+            return f"refused by {self.tool} {self.version} for {self.capability}: {self.error}"
+        said = f"compiled by {self.tool} {self.version} for {self.capability}, not on the device"
+        if self.total:
+            said += f"; {self.integer} of {self.total} matrix operators in Int8"
+        return said
+
 
 class Session(Protocol):
     """A loaded artifact.

@@ -11,12 +11,17 @@ from edgekd.errors import RecipeError, nearest
 
 
 class Score(BaseModel):
-    """A metric with its 95 % confidence interval, as shares of 1."""
+    """A metric with its 95 % confidence interval, as shares of 1.
+
+    Attributes:
+        by_class: of each class alone, in the order of the labels; None where it has no samples.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     value: float
     ci95: tuple[float, float]
     n: int
+    by_class: tuple[float | None, ...] = ()
 
 
 class Difference(BaseModel):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -34,9 +35,13 @@ class Classification:
         return loss
 
     def score(self, outputs: Tensor, targets: tuple[Tensor, ...]) -> Score:
-        """Top-1 accuracy with its Wilson interval."""
-        hits, n = int((outputs.argmax(1) == targets[0]).sum()), len(outputs)
-        return Score(value=hits / n, ci95=wilson_interval(hits, n), n=n)
+        """Top-1 accuracy with its Wilson interval; of a class: the share found of its images."""
+        right, classes = outputs.argmax(1) == targets[0], outputs.shape[1]
+        hits, n = int(right.sum()), len(outputs)
+        found = torch.bincount(targets[0][right], minlength=classes).tolist()
+        counts = torch.bincount(targets[0], minlength=classes).tolist()
+        by_class = tuple(f / c if c else None for f, c in zip(found, counts, strict=True))
+        return Score(value=hits / n, ci95=wilson_interval(hits, n), n=n, by_class=by_class)
 
     def difference(self, a: Tensor, b: Tensor, targets: tuple[Tensor, ...]) -> Difference:
         """Of the top-1 accuracies, image by image."""

@@ -1,0 +1,218 @@
+"""The page: everything in one file, nothing that runs, no text of a user's taken for HTML."""
+
+from __future__ import annotations
+
+import base64
+import re
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+
+import pytest
+
+from edgekd.latency.measuring import Measurement
+from edgekd.reporting.page import page
+from edgekd.reporting.report import (
+    ArtifactRow,
+    ControlRow,
+    DataRow,
+    Latency,
+    Report,
+    StageRow,
+    TeacherRow,
+)
+from edgekd.runtimes.base import CompileCheck
+from edgekd.stages.verify import TensorDifference
+
+HOSTILE = "<script>alert('x')</script> & \"$\\frac$\""
+VOID = {"meta", "img", "br"}
+
+
+def stage(name: str, metric: float, **more: object) -> dict:
+    values = {"name": name, "metric": metric, "metric_ci95": (metric - 0.01, metric + 0.01),
+              "n": 1000, "params": 1000, "macs": 20_000}  # fmt: skip
+    return values | more
+
+
+def history(*losses: float) -> list[dict[str, float]]:
+    return [
+        {"step": 10 * epoch, "epoch": epoch, "supervised": loss, "teacher": 0.0}
+        for epoch, loss in enumerate(losses, 1)
+    ]
+
+
+def artifact(**changes: object) -> ArtifactRow:
+    values = {
+        "target": "host", "precision": "fp32", "path": "runs/a/model.onnx", "size_bytes": 2048,
+        "sha256": "abc", "verifier": "native", "metric": 0.89, "metric_ci95": (0.88, 0.9),
+        "n": 1000, "agreement": 0.995, "max_steps": None, "mean_steps": None,
+        "relative_error": 1e-6, "integer_share": None, "gate": "passed", "reasons": (),
+        "worst_tensors": (), "compiled": None, "latency_p50_ms": None, "measurement": None,
+        "ships": True, "why": "the only one sound",
+    }  # fmt: skip
+    return ArtifactRow(**values | changes)
+
+
+def report(**changes: object) -> Report:
+    measured = Measurement(
+        target="host", sha256="abc", p50_ms=0.5, p90_ms=0.6, p99_ms=0.7, clock="wall", runs=100,
+        warm_up_runs=10, threads=1, load_ms=3.0, peak_memory_mib=None, runtime="onnxruntime",
+        runtime_version="1", host="a host", instruction_set="avx2", date="2026-01-01",
+        compared=(),
+    )  # fmt: skip
+    values = {
+        "name": "tiny", "note": "", "metric_name": "top-1 accuracy", "passed": False, "seed": 7,
+        "data": DataRow(name="things", fingerprint="f00", train=5000, test=1000,
+                        classes=("cat", "dog", "bird")),
+        "teacher": TeacherRow(
+            **stage("teacher", 0.91, params=8000, metric_by_class=(0.9, 0.92, None),
+                    history=history(2.0, 1.0)),
+            latency=(Latency(target="host", latency_p50_ms=2.0),),
+        ),
+        "stages": (StageRow(**stage("student", 0.9, metric_by_class=(0.95, 0.7, None),
+                                    history=history(1.5, 0.7))),),
+        "artifacts": (
+            artifact(latency_p50_ms=0.5, measurement=measured),
+            artifact(target="device", gate="failed", ships=False, why="", reasons=("too far off",),
+                     worst_tensors=(TensorDifference(tensor="conv", mean_steps=3, max_steps=9),),
+                     compiled=CompileCheck(tool="compiler", version="1", capability="SM86",
+                                           integer=3, total=4)),
+        ),
+        "controls": (ControlRow(**stage("without a teacher", 0.88, history=history(1.5, 0.7)),
+                                against="student", difference=0.02,
+                                difference_ci95=(-0.001, 0.041)),),
+        "host": "a host", "versions": {"torch": "9"}, "path": "runs/tiny/report/report.json",
+    }  # fmt: skip
+    return Report(**values | changes)
+
+
+class Page(HTMLParser):
+    """Balanced tags, their text and their attributes."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+        self.text = re.sub(r"\s+", " ", " ".join(self.words))
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open[-1:] != ["style"]:
+            self.words.append(data)
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def test_it_needs_nothing_else():
+    text = page(report())
+    parsed = Page(text)
+    assert not parsed.all("script") and not parsed.all("link") and not parsed.all("iframe")
+    assert all(image["src"].startswith("data:image/svg+xml;base64,") for image in parsed.all("img"))
+    assert all(image["alt"] for image in parsed.all("img"))
+    assert "http" not in text and "url(" not in text and "@import" not in text
+
+
+def test_the_answer_comes_first():
+    parsed = Page(page(report()))
+    first = parsed.text.partition("Accuracy and size by stage")[0]
+    assert "NOT all gates passed" in first
+    assert "8.0× fewer parameters" in first
+    assert "host: ship fp32" in first and "runs/a/model.onnx" in first
+    assert "89.00 (88.00–90.00) , -2.00 points beside the teacher" in first
+    assert "p50 0.500 ms on this host, 4.0× the speed" in first
+    assert "device: nothing to ship" in first
+
+
+def test_every_part_is_there():
+    text = Page(page(report())).text
+    assert "without a teacher" in text and "+2.00 (-0.10 to +4.10)" in text
+    by_class = text.partition("By class")[2]
+    assert by_class.index("dog") < by_class.index("cat")  # what lost most comes first
+    assert "70.0 (-22.0)" in by_class and "95.0 (+5.0)" in by_class and "no images" in by_class
+    assert "too far off" in text and "conv : 3 steps on average, 9 at most" in text
+    assert "compiled by compiler 1 for SM86, not on the device; 3 of 4 matrix operators" in text
+    for fact in ("a host", "fingerprint f00", "torch 9", "seed 7", "wall clock", "avx2"):
+        assert fact in text
+
+
+def charts(parsed: Page) -> dict[str, str]:
+    return {
+        image["alt"]: base64.b64decode(image["src"].partition(",")[2]).decode()
+        for image in parsed.all("img")
+    }
+
+
+def test_charts_are_whole_and_each_training_is_drawn_once():
+    drawn = charts(Page(page(report())))
+    assert list(drawn) == [
+        "metric, parameters and MACs of each network", "p50 latency on host",
+        "loss of teacher by epoch", "loss of student by epoch",
+    ]  # fmt: skip
+    for svg in drawn.values():
+        assert ET.fromstring(svg).tag == "{http://www.w3.org/2000/svg}svg"
+    assert "fp32 (ships)" in drawn["p50 latency on host"]
+
+
+def test_the_same_report_gives_the_same_bytes():
+    assert page(report()) == page(report())
+
+
+def test_without_what_is_optional_it_says_less():
+    bare = report(
+        controls=(), artifacts=(artifact(),), passed=True,
+        teacher=TeacherRow(**stage("teacher", 0.9), latency=()),
+        stages=(StageRow(**stage("student", 0.9)),),
+    )  # fmt: skip
+    text = Page(page(bare)).text
+    for part in ("What each stage is worth", "By class", "Training curves", "NOT"):
+        assert part not in text
+    assert "No target of this run is this host" in text
+    assert "latency not measured: this host is not that device" in text
+
+
+def test_many_classes_are_cut_and_the_page_says_so():
+    names = tuple(f"class {i}" for i in range(100))
+    shares = tuple(i / 100 for i in range(100))
+    many = report(
+        data=DataRow(name="things", fingerprint="", train=1, test=1, classes=names),
+        teacher=TeacherRow(**stage("teacher", 0.9, metric_by_class=(0.9,) * 100), latency=()),
+        stages=(StageRow(**stage("student", 0.9, metric_by_class=shares)),),
+    )  # fmt: skip
+    text = Page(page(many)).text
+    assert "30 of 100 classes" in text and "class 29 " in text and "class 30 " not in text
+
+
+@pytest.mark.parametrize("name", ["name", "note", "host"])
+def test_a_users_text_is_text(name):
+    assert HOSTILE in Page(page(report(**{name: HOSTILE}))).text
+
+
+def test_text_inside_rows_and_charts_is_text():
+    hostile = report(
+        artifacts=(
+            artifact(target=HOSTILE, reasons=(HOSTILE,), gate="failed", latency_p50_ms=1.0),
+        ),
+        teacher=TeacherRow(
+            **stage(HOSTILE, 0.9, metric_by_class=(0.5,), note=HOSTILE,
+                    history=[{"epoch": 1, "step": 1, HOSTILE: 0.5}]),
+            latency=(Latency(target=HOSTILE, latency_p50_ms=1.0),),
+        ),
+        data=DataRow(name=HOSTILE, fingerprint=HOSTILE, train=1, test=1, classes=(HOSTILE,)),
+        versions={HOSTILE: HOSTILE},
+    )  # fmt: skip
+    parsed = Page(page(hostile))
+    assert not parsed.all("script")
+    assert parsed.text.count("alert('x')") > 8
+    for svg in charts(parsed).values():
+        assert not ET.fromstring(svg).findall(".//{*}script")
