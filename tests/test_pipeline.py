@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 
 from edgekd import pipeline
 from edgekd.cli import app
-from edgekd.errors import ModelError, RecipeError, StateError
+from edgekd.errors import MissingPackageError, ModelError, RecipeError, StateError
 from edgekd.latency.measuring import Measurement, host_name
 from edgekd.models.resnet import resnet
 from edgekd.network import Network
@@ -501,6 +501,26 @@ def test_a_teachers_file_runs_no_code(project, tmp_path, calls, teacher_state):
 def test_missing_weights_are_named(project, tmp_path, calls):
     with pytest.raises(ModelError, match=r"weights .*nowhere\.pt do not exist"):
         pipeline.run(with_teacher(project, tmp_path / "nowhere.pt"), out=tmp_path)
+
+
+def test_missing_weights_are_named_where_a_teacher_without_them_is_done(project, tmp_path, calls):
+    pipeline.run(load(project, *POST_TRAINING), out=tmp_path)
+    with pytest.raises(ModelError, match=r"weights .*nowhere\.pt do not exist"):
+        pipeline.run(load(project, *POST_TRAINING, "teacher.weights=nowhere.pt"), out=tmp_path)
+
+
+def test_another_source_of_a_model_is_another_teacher(project, tmp_path, calls, monkeypatch):
+    pipeline.run(load(project, *POST_TRAINING), out=tmp_path)
+    monkeypatch.setattr(pipeline, "source_sha256", lambda build: "as if the file were edited")
+    pipeline.run(load(project, *POST_TRAINING), out=tmp_path)
+    assert stages(tmp_path / "tiny")["teacher"] == 2
+
+
+def test_a_missing_package_is_found_before_any_training(project, tmp_path, calls, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)  # what makes its import fail
+    with pytest.raises(MissingPackageError, match=r"edgekd\[openvino\]"):
+        pipeline.run(load(project, targets=("host-onnxruntime", "intel-cpu")), out=tmp_path)
+    assert calls["distill"] == 0
 
 
 @pytest.mark.parametrize("form", ["teacher.pt", "teacher.safetensors"])

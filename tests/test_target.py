@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import tomllib
 from pathlib import Path
 
@@ -156,6 +157,26 @@ def test_targets_and_schemes_are_frozen():
         Target.load("intel-cpu").opset = 13
     with pytest.raises(ValueError, match="frozen"):
         U8.weight_bits = 7
+
+
+def test_a_scheme_that_no_runtime_has_is_refused():
+    with pytest.raises(ValueError, match="symmetric activations are int8"):
+        QuantScheme(**U8.model_dump() | {"activation_symmetric": True})
+
+
+@pytest.mark.parametrize(
+    ("verifier", "machines", "native"),
+    [
+        ("native", (), True),
+        ("native", ("x86_64", "riscv64"), True),
+        ("native", ("aarch64", "x86_64"), False),
+        ("emulated", ("riscv64",), False),
+    ],
+)
+def test_native_is_only_what_this_machine_has_kernels_for(verifier, machines, native, monkeypatch):
+    monkeypatch.setattr(platform, "machine", lambda: "riscv64")
+    changes = {"verifier": verifier, "machines": machines}
+    assert Target.load("intel-cpu").model_copy(update=changes).native_here is native
 
 
 # ---- which network fits which target -------------------------------------------------------------

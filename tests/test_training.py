@@ -262,7 +262,17 @@ class Line(nn.Module):
         return x * self.w
 
 
-def weights_of_steps(*, epochs: int, steps: int, lr: float) -> np.ndarray:
+class Unsized:
+    """Batches that can be passed through again and again, and have no length."""
+
+    def __init__(self, batches: list[Tensor]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.batches)
+
+
+def weights_of_steps(*, epochs: int, steps: int, lr: float, sized: bool = True) -> np.ndarray:
     """w before each step and at the end, for a gradient that is always 1."""
     net = Network(Line(), torch.zeros(2, 1, dtype=torch.float64))
     seen: list[float] = []
@@ -273,7 +283,8 @@ def weights_of_steps(*, epochs: int, steps: int, lr: float) -> np.ndarray:
 
     batches = [torch.ones(1, 1, dtype=torch.float64)] * steps
     fit(
-        net, terms=terms, data=batches, epochs=epochs, batch_size=1, lr=lr, weight_decay=0.0,
+        net, terms=terms, data=batches if sized else Unsized(batches), epochs=epochs,
+        batch_size=1, lr=lr, weight_decay=0.0,
         seed=0, on=fabric("cpu"), label="line", run=None,
     )  # fmt: skip
     return np.array([*seen, net.module.w.item()])
@@ -304,6 +315,13 @@ def test_epochs_share_one_schedule():
     assert weights_of_steps(epochs=4, steps=5, lr=0.1) == pytest.approx(
         weights_of_steps(epochs=1, steps=20, lr=0.1)
     )
+
+
+def test_data_without_a_length_has_one_rate_for_each_epoch():
+    w = weights_of_steps(epochs=2, steps=10, lr=0.1, sized=False)
+    rates = -np.diff(w) / (1 + 0.9 * (1 - 0.9 ** np.arange(1, 21)) / 0.1)
+    middles = np.array([0.25, 0.75]).repeat(10)  # of the epochs; the first twentieth warms up
+    assert rates == pytest.approx(0.05 * (1 + np.cos(np.pi * (middles - 0.05) / 0.95)))
 
 
 def decayed_after(net: Network) -> dict[str, bool]:

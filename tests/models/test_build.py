@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from edgekd.errors import ModelError
-from edgekd.models.build import Build, build_module, load_weights
+from edgekd.models.build import Build, build_module, load_weights, source_sha256
 from edgekd.models.resnet import ResNet, resnet
 
 
@@ -173,3 +174,14 @@ def test_depths_and_strides():
 def test_shapes_that_cannot_be_are_refused(options: dict[str, Any]):
     with pytest.raises(ModelError, match="edgekd/resnet does not take"):
         built("edgekd/resnet", **{"num_classes": 4, **options})
+
+
+def test_the_hash_of_a_callables_source_follows_its_file(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    path = tmp_path / "hashed_source.py"
+    path.write_text("def make():\n    return 1\n")
+    build = Build(model="hashed_source:make")
+    assert source_sha256(build) == hashlib.sha256(path.read_bytes()).hexdigest()
+    path.write_text("def make():\n    return 2\n")
+    assert source_sha256(build) == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert source_sha256(Build(model="edgekd/resnet")) is None

@@ -258,6 +258,24 @@ def test_a_scheme_without_outputs_quantizes_inputs_only(scheme: QuantScheme):
 
 
 @pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        # TensorRT fuses the Add into the convolution that it follows: only the skip is quantized
+        (lambda m, x: m.b(F.relu(m.a(x) + x)), ["x", "relu"]),
+        (lambda m, x: m.b(F.relu(x + m.a(x))), ["x", "relu"]),
+        # two convolutions: the second is the skip
+        (lambda m, x: m.b(F.relu(m.a(x) + m.depthwise(x))), ["x", "conv2d_1", "relu"]),
+    ],
+)
+def test_of_a_residual_add_the_skip_alone(
+    function: Function, expected: list[str], scheme: QuantScheme
+):
+    skip = scheme.model_copy(update={"add_inputs": "skip", "outputs": False})
+    graph = place(graph_of(function, (4, 8, 8)), skip)
+    assert quantized_activations(graph) == expected
+
+
+@pytest.mark.parametrize(
     ("changes", "activation", "weight"),
     [
         ({}, (torch.uint8, 0, 255), (torch.int8, -63, 63, 4)),

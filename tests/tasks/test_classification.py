@@ -48,6 +48,18 @@ def test_score_is_top1_accuracy():
     assert score.ci95[0] < score.value < score.ci95[1]
 
 
+def test_score_by_class_is_the_share_found_of_its_images():
+    labels = np.where(LABELS == 1, 0, LABELS)  # none of class 1
+    score = Classification().score(torch.from_numpy(SCORES), (torch.from_numpy(labels),))
+    answers = SCORES.argmax(1)
+    for label, value in enumerate(score.by_class):
+        if label == 1:
+            assert value is None
+        else:
+            assert value == pytest.approx((answers[labels == label] == label).mean())
+    assert len(score.by_class) == SCORES.shape[1]
+
+
 def test_agreement_counts_equal_answers():
     other = SCORES.copy()
     other[:30] = -other[:30]  # the largest becomes the smallest
