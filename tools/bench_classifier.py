@@ -53,6 +53,7 @@ QUESTIONS = {
     "distillation": ("alone", "distilled"),
     "hints": ("distilled", "hints"),
     "pruning a larger one": ("direct", "pruned"),
+    "integers, post-training": ("pruned", "ptq"),
     "quantization-aware distillation": ("ptq", "qad"),
     "all of it beside the student alone": ("alone", "qad"),
     "what ships beside the teacher": ("teacher", "qad"),
