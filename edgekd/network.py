@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,8 @@ class Network:
     """A module with what is known of its inputs and outputs.
 
     `scheme is None`: an eager float module. Otherwise the captured, folded, fake-quantized and
-    trainable graph for that scheme. `resized` (module path -> attribute -> value) says where
+    trainable graph for that scheme; `float_layers` are those that stay in float all the same.
+    `resized` (module path -> attribute -> value) says where
     `prune` made the module narrower than its factory does.
 
     Args:
@@ -98,6 +99,7 @@ class Network:
         self.module = module
         self.build = build
         self.scheme: QuantScheme | None = None
+        self.float_layers: tuple[str, ...] = ()
         self.resized: Resized = {}
         self._programs: dict[bool, torch.export.ExportedProgram] = {}
         names = ["input"] if len(examples) == 1 else [f"input{i}" for i in range(len(examples))]
@@ -172,10 +174,13 @@ class Network:
         other.module, other._programs = copy.deepcopy(self.module), {}
         return other
 
-    def quantized(self, graph: GraphModule, scheme: QuantScheme) -> Network:
-        """This network with `graph`, fake-quantized for `scheme`, in the module's place."""
+    def quantized(
+        self, graph: GraphModule, scheme: QuantScheme, float_layers: Iterable[str] = ()
+    ) -> Network:
+        """This network with `graph`, placed for `scheme` and `float_layers`, as its module."""
         other = copy.copy(self)
         other.module, other.scheme, other._programs = graph, scheme, {}
+        other.float_layers = tuple(sorted(float_layers))
         return other
 
     # ---- export ------------------------------------------------------------------------------
@@ -265,6 +270,7 @@ class Network:
             assert isinstance(self.module, GraphModule)
             quant = {
                 "scheme": self.scheme.model_dump(mode="json"),
+                "float_layers": self.float_layers,
                 "placement": list(quantizers(self.module)),
                 "placement_sha256": digest(self.module),
                 "torch": torch.__version__,
@@ -326,14 +332,15 @@ class Network:
             from edgekd.quantization.capture import capture
             from edgekd.quantization.placement import digest, place
 
-            graph = place(capture(module, io.example(2)), scheme)
+            float_layers = quant.get("float_layers", ())
+            graph = place(capture(module, io.example(2)), scheme, float_layers)
             if digest(graph) != quant["placement_sha256"]:
                 raise StateError(
                     f"{folder}: quantizers are placed differently here (torch "
                     f"{torch.__version__}, torchao {version('torchao')}) than where it was saved "
                     f"(torch {quant['torch']}, torchao {quant['torchao']}); install those versions"
                 )
-            net = net.quantized(graph, scheme)
+            net = net.quantized(graph, scheme, float_layers)
         net.load_state(read_tensors(folder / "weights.safetensors"), str(folder))
         return net
 

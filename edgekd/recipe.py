@@ -110,6 +110,7 @@ class QuantizeSection(_Learning):
     epochs: Annotated[int, Field(ge=0)] = 0
     calibration: Count = 512
     observer: Observer = "mse"
+    float_layers: tuple[str, ...] = ()
     lr: Positive = 3e-3
     weight_decay: NotNegative = 1e-4
 

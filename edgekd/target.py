@@ -33,8 +33,11 @@ class QuantScheme(_Frozen):
             dequantize operator behind them, as TensorRT 8 wants them.
         add_inputs: which inputs of a residual Add are quantized: both, or all but the convolution
             that the Add is fused into ("skip").
+        shared_scales: operators whose inputs and output have one scale, as integer-only runtimes
+            want it.
         outputs: whether the output of an integer operator is quantized too.
-        ops: the operators that run in integers; the others stay in float.
+        ops: the operators that run in integers; the others stay in float (softmax, normalisation
+            and activations that no kernel takes along always do).
     """
 
     activation_dtype: Literal["uint8", "int8"]
@@ -44,8 +47,11 @@ class QuantScheme(_Frozen):
     bias: Literal["int32", "float"]
     fold_weights: bool = True
     add_inputs: Literal["both", "skip"]
+    shared_scales: tuple[Literal["add", "concat"], ...] = ()
     outputs: bool
-    ops: tuple[Literal["conv", "linear", "add", "concat", "pool"], ...]
+    ops: tuple[
+        Literal["conv", "conv_transpose", "linear", "matmul", "add", "mul", "concat", "pool"], ...
+    ]
 
     @model_validator(mode="after")
     def _possible(self) -> QuantScheme:

@@ -19,6 +19,7 @@ from torch.export import Dim
 from torch.fx import GraphModule, Node
 
 from edgekd.errors import ModelError
+from edgekd.quantization.canonical import canonicalize
 
 aten = torch.ops.aten
 
@@ -36,6 +37,8 @@ FUNCTIONAL = {
     aten.leaky_relu_.default: aten.leaky_relu.default,
     aten.elu_.default: aten.elu.default,
     aten.sigmoid_.default: aten.sigmoid.default,
+    aten.gelu_.default: aten.gelu.default,
+    aten.mish_.default: aten.mish.default,
 }
 IDENTITY = {
     aten.dropout.default,
@@ -43,13 +46,19 @@ IDENTITY = {
     aten.feature_dropout.default,
     aten.alpha_dropout.default,
     aten.contiguous.default,
+    aten.alias.default,
 }
-# operator -> axis of the weight that counts output channels
+# operator -> axis of the weight that counts output channels (of each group, if transposed)
 WEIGHTED = {
     aten.conv1d.default: 0,
+    aten.conv1d.padding: 0,
     aten.conv2d.default: 0,
     aten.conv2d.padding: 0,
     aten.conv3d.default: 0,
+    aten.conv3d.padding: 0,
+    aten.conv_transpose1d.default: 1,
+    aten.conv_transpose2d.input: 1,
+    aten.conv_transpose3d.input: 1,
     aten.linear.default: 0,
 }
 
@@ -89,6 +98,7 @@ def capture(module: nn.Module, example_inputs: Sequence[Tensor]) -> GraphModule:
     graph_module = program.module(check_guards=False)
     assert isinstance(graph_module, GraphModule)
     _simplify(graph_module)
+    canonicalize(graph_module.graph)
     fold_batchnorm(graph_module)
     graph_module.recompile()
     return graph_module
@@ -170,9 +180,9 @@ def fold_batchnorm(graph_module: GraphModule) -> int:
             factor = factor * gamma.double()
         shift = (bias.double() if bias is not None else 0.0) - mean.double()
         new_bias = shift * factor + (beta.double() if beta is not None else 0.0)
-        shape = (-1,) + (1,) * (weight.dim() - 1)
+        groups = layer.args[6] if WEIGHTED[layer.target] == 1 and len(layer.args) > 6 else 1
         with torch.no_grad():
-            weight.copy_(weight.double() * factor.view(shape))
+            weight.copy_(_scaled(weight, factor, WEIGHTED[layer.target], groups))
         if bias is not None:
             with torch.no_grad():
                 bias.copy_(new_bias)
@@ -191,6 +201,18 @@ def fold_batchnorm(graph_module: GraphModule) -> int:
     graph_module.graph.eliminate_dead_code()
     _drop_unused_tensors(graph_module)
     return folded
+
+
+def _scaled(weight: Tensor, factor: Tensor, axis: int, groups: int) -> Tensor:
+    """`weight` in float64 with output channel c times `factor[c]`, factor of (C,).
+
+    The weight of a transposed convolution is (C_in, C_out / groups, ...): each group of input
+    channels has output channels of its own.
+    """
+    by_group = weight.double().unflatten(0, (groups, -1)) if axis else weight.double()[None]
+    ones = (1,) * (weight.dim() - 1 - axis)
+    shape = (groups, 1, -1, *ones) if axis else (1, -1, *ones)
+    return (by_group * factor.view(shape)).flatten(0, 1)
 
 
 def _drop_unused_tensors(graph_module: GraphModule) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Collection
 from typing import Any, Literal
 
 import torch
@@ -20,37 +21,64 @@ from torchao.quantization.pt2e.quantizer import (
     SharedQuantizationSpec,
 )
 
+from edgekd.errors import ModelError, nearest
 from edgekd.quantization.capture import WEIGHTED, arguments, tensor_of
 from edgekd.quantization.fake_quant import FakeQuant
 from edgekd.target import QuantScheme
 
 aten = torch.ops.aten
 
-Kind = Literal["conv", "linear", "add", "concat", "pool", "pass"]
+Kind = Literal["conv", "conv_transpose", "linear", "matmul", "add", "mul", "concat", "pool", "pass"]
 
 KINDS: dict[Any, Kind] = {
     aten.conv1d.default: "conv",
+    aten.conv1d.padding: "conv",
     aten.conv2d.default: "conv",
     aten.conv2d.padding: "conv",
     aten.conv3d.default: "conv",
+    aten.conv3d.padding: "conv",
+    aten.conv_transpose1d.default: "conv_transpose",
+    aten.conv_transpose2d.input: "conv_transpose",
+    aten.conv_transpose3d.input: "conv_transpose",
     aten.linear.default: "linear",
+    aten.matmul.default: "matmul",
+    aten.bmm.default: "matmul",
     aten.add.Tensor: "add",
+    aten.mul.Tensor: "mul",
     aten.cat.default: "concat",
     aten.avg_pool2d.default: "pool",
     aten.adaptive_avg_pool2d.default: "pool",
-    aten.mean.dim: "pool",
     # "pass": the integers of the input are the integers of the output
     aten.max_pool2d.default: "pass",
     aten.flatten.using_ints: "pass",
+    aten.unflatten.int: "pass",
     aten.reshape.default: "pass",
     aten.view.default: "pass",
+    aten.squeeze.dim: "pass",
     aten.squeeze.dims: "pass",
+    aten.unsqueeze.default: "pass",
+    aten.permute.default: "pass",
+    aten.transpose.int: "pass",
+    aten.slice.Tensor: "pass",
+    aten.select.int: "pass",
+    aten.pixel_shuffle.default: "pass",
+    aten.pixel_unshuffle.default: "pass",
+    aten.channel_shuffle.default: "pass",
+    aten.upsample_nearest2d.vec: "pass",
     aten.pad.default: "pass",
     aten.constant_pad_nd.default: "pass",
 }
-
-
-FUSING = ("conv", "linear", "add")  # kinds whose kernel takes the activation behind them along
+# they move numbers, or repeat them
+MOVING = {op for op, kind in KINDS.items() if kind == "pass"} | {
+    aten.expand.default, aten.clone.default, aten.split.Tensor, aten.unbind.int, aten.roll.default,
+    aten.repeat.default,
+}  # fmt: skip
+# kinds whose kernels multiply: what "runs in integers" is about
+MATRIX: tuple[Kind, ...] = ("conv", "conv_transpose", "linear", "matmul")
+# kinds whose kernel takes the activation behind them along
+FUSING: tuple[Kind, ...] = ("conv", "conv_transpose", "linear", "add")
+# kinds that are cheap: worth it in integers only where integers come in
+FOLLOWING: tuple[Kind, ...] = ("add", "mul", "concat", "pool")
 
 
 def upper_bound(node: Node) -> float | None:
@@ -69,17 +97,45 @@ def upper_bound(node: Node) -> float | None:
     return None
 
 
-class SchemeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no types
-    """Annotates a captured graph for one `QuantScheme`, operator by operator."""
+def layer_name(node: Node) -> str:
+    """What a layer is called in reports and in `float_layers`: the module that owns its weight.
 
-    def __init__(self, scheme: QuantScheme) -> None:
+    An operator without a weight goes by its name in the captured graph.
+    """
+    if node.target in WEIGHTED:
+        weight = arguments(node)[1]
+        if weight.op == "call_module":  # its quantizer
+            weight = arguments(weight)[0]
+        if weight.op == "get_attr":
+            return str(weight.target).rpartition(".")[0]
+    return node.name
+
+
+class SchemeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no types
+    """Annotates a captured graph for one `QuantScheme`, operator by operator.
+
+    Args:
+        float_layers: names of layers that stay in float, see `layer_name`.
+    """
+
+    def __init__(self, scheme: QuantScheme, float_layers: Collection[str] = ()) -> None:
         self.scheme = scheme
+        self.float_layers = frozenset(float_layers)
         self._specs: dict[Node, QuantizationSpec] = {}
+        self._kinds: dict[Node, Kind | None] = {}
 
     def annotate(self, model: GraphModule) -> GraphModule:
-        """Mark every operator of the table with the quantizers it wants."""
+        """Mark every operator of the table with the quantizers it wants.
+
+        Raises:
+            ModelError: `float_layers` names no operator of the table.
+        """
+        layers = {layer_name(n) for n in model.graph.nodes if n.target in KINDS}
+        for name in sorted(self.float_layers - layers):
+            raise ModelError(f"float_layers: no layer {name!r}{nearest(name, layers)}")
         for node in model.graph.nodes:
             kind = self._kind(node)
+            node.meta["integer_kind"] = kind
             if kind is not None:
                 self._annotate(model, node, kind)
         return model
@@ -90,33 +146,37 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no type
     # ---- which operators ---------------------------------------------------------------------
 
     def _kind(self, node: Node) -> Kind | None:
+        if node not in self._kinds:
+            self._kinds[node] = self._decide(node)
+        return self._kinds[node]
+
+    def _decide(self, node: Node) -> Kind | None:
         kind = KINDS.get(node.target)
         if kind == "pass":
             # worth it only on the way to an integer operator
-            zero_pad = not ("pad" in str(node.target) and any(arguments(node)[3:]))
-            wanted = zero_pad and any(self._kind(user) for user in node.users)
-            return "pass" if wanted else None
-        if kind is None or kind not in self.scheme.ops:
+            return "pass" if _passes(node) and any(map(self._kind, node.users)) else None
+        if kind is None or kind not in self.scheme.ops or layer_name(node) in self.float_layers:
             return None
-        if kind in ("conv", "linear") and arguments(node)[1].op != "get_attr":
+        args = arguments(node)
+        if node.target in WEIGHTED:
+            return kind if args[1].op == "get_attr" else None
+        terms = args[0] if kind == "concat" else args[: 1 if kind == "pool" else 2]
+        if not all(isinstance(t, Node) and t.op != "get_attr" for t in terms):
             return None
-        if kind == "add" and not self._adds_integers(node):
+        if kind in FOLLOWING and not any(self._kind(self._source(t)) for t in terms):
             return None
         return kind
 
-    def _adds_integers(self, node: Node) -> bool:
-        """Two activations, at least one of them out of an integer operator."""
-        terms = arguments(node)[:2]
-        if not all(isinstance(t, Node) and t.op != "get_attr" for t in terms):
-            return False
-        return any(self._kind(self._source(t)) for t in terms)
-
     def _source(self, node: Node) -> Node:
-        """The operator before a fused activation, else the node itself."""
-        if upper_bound(node) is not None:
-            before: Node = arguments(node)[0]
-            if len(before.users) == 1 and KINDS.get(before.target) in FUSING:
-                return before
+        """The operator whose numbers `node` passes on, by itself or as a fused activation."""
+        while node.op == "call_function":
+            before = arguments(node)[0] if node.args else None
+            if KINDS.get(node.target) == "pass" and _passes(node):
+                node = before
+            elif upper_bound(node) is not None and _fuses(before):
+                node = before
+            else:
+                break
         return node
 
     # ---- how each is quantized ---------------------------------------------------------------
@@ -124,11 +184,16 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no type
     def _annotate(self, model: GraphModule, node: Node, kind: Kind) -> None:
         args = arguments(node)
         inputs: dict[Node, Any] = {s: self._activation(s) for s in self._inputs(node, kind)}
-        if kind in ("conv", "linear"):
+        if node.target in WEIGHTED:
             inputs[args[1]] = self._weight(model, node)
         last = self._fused_activation(node) if kind in FUSING else node
         output = None
-        if kind == "pass":
+        if kind in self.scheme.shared_scales:
+            first, *others = inputs
+            shared = SharedQuantizationSpec((first, node))
+            inputs |= dict.fromkeys(others, shared)
+            output = shared
+        elif kind == "pass":
             output = SharedQuantizationSpec((args[0], node))
         elif self.scheme.outputs and not self._leaves(last, kind):
             output = self._activation(last)
@@ -149,10 +214,10 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no type
         args = arguments(node)
         if kind == "concat":
             return list(args[0])
-        if kind != "add":
+        if kind not in ("add", "mul", "matmul"):
             return [args[0]]
         terms = list(args[:2])
-        if self.scheme.add_inputs == "skip":
+        if kind == "add" and self.scheme.add_inputs == "skip":
             # the main branch is the first term by convention; one convolution is fused, not two
             fused = next((t for t in terms if self._ends_in_convolution(t)), None)
             terms = [t for t in terms if t is not fused]
@@ -207,9 +272,25 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no type
         )
 
 
-def place(graph_module: GraphModule, scheme: QuantScheme) -> GraphModule:
-    """A copy of the captured graph with a `FakeQuant` wherever the scheme wants integers."""
-    prepared = prepare_pt2e(graph_module, SchemeQuantizer(scheme))
+def _passes(node: Node) -> bool:
+    """Whether a "pass" operator does so with these arguments: a Pad of other than 0 does not."""
+    return not ("pad" in str(node.target) and any(arguments(node)[3:]))
+
+
+def _fuses(node: Node) -> bool:
+    """Whether `node`'s kernel takes the activation behind it along."""
+    return len(node.users) == 1 and KINDS.get(node.target) in FUSING
+
+
+def place(
+    graph_module: GraphModule, scheme: QuantScheme, float_layers: Collection[str] = ()
+) -> GraphModule:
+    """A copy of the captured graph with a `FakeQuant` wherever the scheme wants integers.
+
+    Args:
+        float_layers: layers that stay in float all the same, by `layer_name`.
+    """
+    prepared = prepare_pt2e(graph_module, SchemeQuantizer(scheme, float_layers))
     assert isinstance(prepared, GraphModule)
     return prepared
 
@@ -233,19 +314,21 @@ def left_in_float(graph_module: GraphModule) -> Counter[str]:
     Left out are those that only move or reshape numbers, and activations that their producer's
     kernel takes along.
     """
-    integer: set[Node] = set()
     count: Counter[str] = Counter()
     for node in graph_module.graph.nodes:
-        if node.op != "call_function":
+        if node.op != "call_function" or node.meta.get("integer_kind") is not None:
             continue
-        kind = KINDS.get(node.target)
-        fed = any(source.op == "call_module" for source in node.all_input_nodes)
-        fused = upper_bound(node) is not None and arguments(node)[0] in integer
-        if (kind is not None and fed) or fused:
-            integer.add(node)
-        elif kind != "pass" and isinstance(node.meta.get("val"), torch.Tensor):
+        fused = upper_bound(node) is not None and arguments(node)[0].meta.get("integer_kind")
+        if not (
+            fused or node.target in MOVING or not isinstance(node.meta.get("val"), torch.Tensor)
+        ):
             count[str(node.target.__name__).partition(".")[0]] += 1
     return count
+
+
+def intended_matrix_ops(graph_module: GraphModule) -> int:
+    """How many convolutions and matrix products of a placed graph the scheme has in integers."""
+    return sum(node.meta.get("integer_kind") in MATRIX for node in graph_module.graph.nodes)
 
 
 def describe(operators: Counter[str]) -> str:

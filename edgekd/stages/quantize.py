@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -34,6 +34,7 @@ def quantize(
     epochs: int = 0,
     calibration: int = 512,
     observer: Observer = "mse",
+    float_layers: Collection[str] = (),
     alpha: float = 0.9,
     hints: Hints = (),
     hint_weight: float = 1.0,
@@ -57,6 +58,7 @@ def quantize(
         data: a Data, or batches; their inputs calibrate, and train if `epochs`.
         calibration: samples to set the first scales from.
         observer: "minmax" or "mse", see `calibrate`.
+        float_layers: layers that stay in float, by their module's path.
         hints, hint_weight, cache: see `distill`; paths are those of the float network.
 
     Raises:
@@ -70,7 +72,7 @@ def quantize(
         )
     if net.scheme is not None:
         raise ModelError("this network is quantized already; quantize takes the float one")
-    graph = place(capture(net.module, net.io.example(2)), target.scheme)
+    graph = place(capture(net.module, net.io.example(2)), target.scheme, float_layers)
     if not quantizers(graph):
         raise ModelError(
             f"{net!r} has no operator that {target.name} runs in integers "
@@ -82,7 +84,7 @@ def quantize(
     graph.to(on.device)
     inputs = [x.to(on.device) for x in _calibration_inputs(data, calibration)]
     calibrate(graph, inputs, observer)
-    student = net.quantized(graph.to("cpu"), target.scheme)
+    student = net.quantized(graph.to("cpu"), target.scheme, float_layers)
     if epochs:
         learn(
             student, original=net.module, task=task, data=data, teacher=teacher, alpha=alpha,
