@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
@@ -72,7 +73,8 @@ class Network:
     Args:
         module: any `nn.Module` that takes tensors of (N, ...) and returns a tensor, or a tuple
             or dict of tensors.
-        example_inputs: one tensor, or a sequence of tensors; only shapes and types are kept.
+        example_inputs: one tensor, a sequence of tensors, or a dict of them by the names of
+            `forward`'s parameters; only names, shapes and types are kept.
         preprocessing: how images become inputs.
         labels: class names, in the order of the output.
         build: the factory that rebuilds the module; without one, `load` needs `module=`.
@@ -87,22 +89,20 @@ class Network:
     def __init__(
         self,
         module: nn.Module,
-        example_inputs: Tensor | Sequence[Tensor],
+        example_inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor],
         *,
         preprocessing: Preprocessing | None = None,
         labels: Sequence[str] = (),
         build: Build | None = None,
     ) -> None:
-        examples = (
-            (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
-        )
+        named = _named_inputs(module, example_inputs)
+        examples = tuple(named.values())
         self.module = module
         self.build = build
         self.scheme: QuantScheme | None = None
         self.float_layers: tuple[str, ...] = ()
         self.resized: Resized = {}
         self._programs: dict[bool, torch.export.ExportedProgram] = {}
-        names = ["input"] if len(examples) == 1 else [f"input{i}" for i in range(len(examples))]
         self.io = IO(
             inputs=tuple(
                 Input(
@@ -110,7 +110,7 @@ class Network:
                     shape=tuple(x.shape[1:]),
                     dtype=str(x.dtype).removeprefix("torch."),
                 )
-                for name, x in zip(names, examples, strict=True)
+                for name, x in named.items()
             ),
             outputs=self._output_names(examples),
             preprocessing=preprocessing,
@@ -343,6 +343,25 @@ class Network:
             net = net.quantized(graph, scheme, float_layers)
         net.load_state(read_tensors(folder / "weights.safetensors"), str(folder))
         return net
+
+
+def _named_inputs(
+    module: nn.Module, examples: Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The example inputs by name, in the order in which `forward` takes them."""
+    if isinstance(examples, Tensor):
+        return {"input": examples}
+    if not isinstance(examples, Mapping):
+        only = len(examples) == 1
+        return {"input" if only else f"input{i}": x for i, x in enumerate(examples)}
+    parameters = list(inspect.signature(module.forward).parameters)
+    first = parameters[: len(examples)]
+    if set(first) != set(examples):
+        raise ModelError(
+            f"{type(module).__name__}.forward takes {', '.join(parameters)}; the example inputs "
+            f"are {', '.join(examples)}: name its first parameters, all that are tensors"
+        )
+    return {name: examples[name] for name in first}
 
 
 @contextlib.contextmanager

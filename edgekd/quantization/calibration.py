@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -44,11 +44,17 @@ def calibrate(graph: GraphModule, batches: Sequence[Tensor], observer: Observer)
     settle(graph)
 
 
-def settle(graph: GraphModule) -> None:
-    """What must hold of the scales that are exported; the last step of training may break it."""
+def settle(graph: GraphModule, *, integer_bias: bool = False) -> None:
+    """What must hold of scales and biases that are exported; training may break it.
+
+    Args:
+        integer_bias: biases become multiples of s_x · s_w, as the device holds them in int32.
+    """
     for quantizer in quantizers(graph).values():
         quantizer.bound_scale()
     floor_weight_scales(graph)
+    if integer_bias:
+        round_biases(graph)
 
 
 def floor_weight_scales(graph: GraphModule) -> None:
@@ -57,6 +63,26 @@ def floor_weight_scales(graph: GraphModule) -> None:
     A channel that BatchNorm switched off has weights near 0 and a bias that is not; with the
     scale of its weights alone the bias would overflow.
     """
+    for x, weight, bias in _biased(graph):
+        with torch.no_grad():
+            floor = bias.abs() / (x.scale * 2**30)
+            floor = floor if weight.scale.dim() else floor.amax()
+            weight.scale.copy_(torch.maximum(weight.scale, floor))
+
+
+def round_biases(graph: GraphModule) -> None:
+    """Each bias to the nearest multiple of s_x · s_w.
+
+    Left to the export, this alone moves one in 600 integers behind a first layer of 3 channels.
+    """
+    for x, weight, bias in _biased(graph):
+        with torch.no_grad():
+            step = x.scale * weight.scale
+            bias.copy_((bias / step).round() * step)
+
+
+def _biased(graph: GraphModule) -> Iterator[tuple[FakeQuant, FakeQuant, Tensor]]:
+    """Quantizers of input and weight, and the bias, of each integer layer that has one."""
     for node in graph.graph.nodes:
         args = arguments(node)
         if node.target not in WEIGHTED or len(args) < 3:
@@ -64,12 +90,8 @@ def floor_weight_scales(graph: GraphModule) -> None:
         x, weight = (_quantizer(graph, n) for n in args[:2])
         stored = args[2] is not None and args[2].op == "get_attr"
         bias = tensor_of(graph, args[2]) if stored else None
-        if x is None or weight is None or bias is None:
-            continue
-        with torch.no_grad():
-            floor = bias.abs() / (x.scale * 2**30)
-            floor = floor if weight.scale.dim() else floor.amax()
-            weight.scale.copy_(torch.maximum(weight.scale, floor))
+        if x is not None and weight is not None and bias is not None:
+            yield x, weight, bias
 
 
 def _quantizer(graph: GraphModule, node: torch.fx.Node) -> FakeQuant | None:

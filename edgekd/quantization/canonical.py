@@ -6,6 +6,7 @@ Each rewrite takes a node of a captured graph and puts its equal there, if it ap
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -17,10 +18,16 @@ aten = torch.ops.aten
 
 
 def canonicalize(graph: Graph) -> None:
-    """Apply every rewrite of the table to every node."""
+    """Apply every rewrite of the table to every node; what is computed twice, compute once."""
     for node in list(graph.nodes):
         if rewrite := REWRITES.get(node.target):
             rewrite(node)
+    seen: dict[Any, Node] = {}
+    for node in list(graph.nodes):
+        if node.op in ("get_attr", "call_function"):
+            same = seen.setdefault((node.op, str(node.target), repr((node.args, node.kwargs))), node)
+            if same is not node:
+                node.replace_all_uses_with(same)
     graph.eliminate_dead_code()
 
 
@@ -93,8 +100,12 @@ def attention(node: Node) -> None:
     _replace(node, call(aten.matmul.default, call(aten.softmax.int, weights, -1), v))
 
 
-def static_sizes(node: Node) -> None:
-    """The one size that depends on the batch becomes -1: the exported graph computes no shapes."""
+def reshape(node: Node) -> None:
+    """A view becomes a reshape, which channels-last tensors in training take too.
+
+    The one size that depends on the batch becomes -1: then the exported graph computes no shapes.
+    """
+    node.target = aten.reshape.default
     x, sizes = node.args[:2]
     assert isinstance(sizes, (list, tuple))
     computed = [i for i, size in enumerate(sizes) if isinstance(size, Node)]
@@ -115,11 +126,29 @@ def chunk(node: Node) -> None:
         _replace(user, part)
 
 
+def whole_slice(node: Node) -> None:
+    """A slice from the first to the last element, as `x[:, 1:]` has one over the batch, goes."""
+    x, _, start, end, step = (*node.args, *(None, 0, None, None, 1)[len(node.args) :])[:5]
+    if (start or 0) == 0 and (end is None or end == sys.maxsize) and step == 1:
+        node.replace_all_uses_with(x)
+        node.graph.erase_node(node)
+
+
+def pad_of_nothing(node: Node) -> None:
+    """A pad of no element on any side, as for sizes that a window divides, goes."""
+    x, pads = node.args[:2]
+    if not any(pads):
+        node.replace_all_uses_with(x)
+        node.graph.erase_node(node)
+
+
 REWRITES: dict[Any, Callable[[Node], None]] = {
     aten.linear.default: flat_linear,
     aten.mean.dim: spatial_mean,
     aten.scaled_dot_product_attention.default: attention,
-    aten.view.default: static_sizes,
-    aten.reshape.default: static_sizes,
+    aten.view.default: reshape,
+    aten.reshape.default: reshape,
     aten.chunk.default: chunk,
+    aten.slice.Tensor: whole_slice,
+    aten.pad.default: pad_of_nothing,
 }

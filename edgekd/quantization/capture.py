@@ -10,7 +10,9 @@ from __future__ import annotations
 import copy
 import logging
 import operator
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -115,13 +117,24 @@ def _export(module: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export.Expor
             return torch.export.export(module, inputs, dynamic_shapes=dynamic, strict=False)
     except Exception as error:  # torch.export raises a dozen unrelated types
         raise ModelError(
-            f"{type(module).__name__} cannot be captured by torch.export: "
+            f"{type(module).__name__} cannot be captured by torch.export{_line_of(error)}: "
             f"{str(error).strip() or type(error).__name__}\n"
             "Give edgekd the tensor-in/tensors-out core of the model, without branches on the "
             "values of tensors."
         ) from error
     finally:
         quiet.setLevel(level)
+
+
+def _line_of(error: Exception) -> str:
+    """` at file:line, in function: the code`, of the last line that is not torch's or ours."""
+    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [f for f in frames if not f.filename.startswith(ours) and Path(f.filename).is_file()]
+    if not theirs:
+        return ""
+    last = theirs[-1]
+    return f" at {last.filename}:{last.lineno}, in {last.name}: `{last.line}`"
 
 
 def export_graph(graph_module: GraphModule, inputs: Sequence[Tensor]) -> Any:

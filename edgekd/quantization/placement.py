@@ -53,7 +53,6 @@ KINDS: dict[Any, Kind] = {
     aten.flatten.using_ints: "pass",
     aten.unflatten.int: "pass",
     aten.reshape.default: "pass",
-    aten.view.default: "pass",
     aten.squeeze.dim: "pass",
     aten.squeeze.dims: "pass",
     aten.unsqueeze.default: "pass",
@@ -123,6 +122,7 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no type
         self.float_layers = frozenset(float_layers)
         self._specs: dict[Node, QuantizationSpec] = {}
         self._kinds: dict[Node, Kind | None] = {}
+        self._varying: set[Node] = set()  # what depends on an input of the network
 
     def annotate(self, model: GraphModule) -> GraphModule:
         """Mark every operator of the table with the quantizers it wants.
@@ -133,6 +133,9 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no type
         layers = {layer_name(n) for n in model.graph.nodes if n.target in KINDS}
         for name in sorted(self.float_layers - layers):
             raise ModelError(f"float_layers: no layer {name!r}{nearest(name, layers)}")
+        for node in model.graph.nodes:
+            if node.op == "placeholder" or self._varying.intersection(node.all_input_nodes):
+                self._varying.add(node)
         for node in model.graph.nodes:
             kind = self._kind(node)
             node.meta["integer_kind"] = kind
@@ -154,14 +157,15 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no type
         kind = KINDS.get(node.target)
         if kind == "pass":
             # worth it only on the way to an integer operator
-            return "pass" if _passes(node) and any(map(self._kind, node.users)) else None
+            moves = _passes(node) and node in self._varying
+            return "pass" if moves and any(map(self._kind, node.users)) else None
         if kind is None or kind not in self.scheme.ops or layer_name(node) in self.float_layers:
             return None
         args = arguments(node)
         if node.target in WEIGHTED:
             return kind if args[1].op == "get_attr" else None
         terms = args[0] if kind == "concat" else args[: 1 if kind == "pool" else 2]
-        if not all(isinstance(t, Node) and t.op != "get_attr" for t in terms):
+        if not all(isinstance(t, Node) and t in self._varying for t in terms):
             return None
         if kind in FOLLOWING and not any(self._kind(self._source(t)) for t in terms):
             return None
@@ -234,8 +238,8 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no type
         return node
 
     def _leaves(self, node: Node, kind: Kind) -> bool:
-        """A linear layer may give the network's output in float."""
-        return kind == "linear" and all(user.op == "output" for user in node.users)
+        """A linear layer may give the network's output in float, reshaped or not."""
+        return kind == "linear" and all(map(_ends, node.users))
 
     def _activation(self, node: Node) -> QuantizationSpec:
         """One spec for one tensor, so that producer and consumers share one quantizer."""
@@ -275,6 +279,11 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no type
 def _passes(node: Node) -> bool:
     """Whether a "pass" operator does so with these arguments: a Pad of other than 0 does not."""
     return not ("pad" in str(node.target) and any(arguments(node)[3:]))
+
+
+def _ends(node: Node) -> bool:
+    """Whether what `node` gives only moves on its way out of the network."""
+    return node.op == "output" or (node.target in MOVING and all(map(_ends, node.users)))
 
 
 def _fuses(node: Node) -> bool:

@@ -92,7 +92,7 @@ def quantize(
             batch_size=batch_size, lr=lr, weight_decay=weight_decay, seed=seed, on=on,
             label="quantized training" if teacher is None else "quantized distilling", run=run,
         )  # fmt: skip
-        settle(graph)
+    settle(graph, integer_bias=target.scheme.bias == "int32")
     return student
 
 

@@ -57,11 +57,17 @@ FOLDABLE = {
     "grouped": ((8, 9, 9), nn.Conv2d(8, 12, 3, groups=4), nn.BatchNorm2d(12)),
     "1d": ((3, 9), nn.Conv1d(3, 8, 3, bias=False), nn.BatchNorm1d(8)),
     "3d": ((3, 5, 5, 5), nn.Conv3d(3, 8, 3), nn.BatchNorm3d(8)),
+    "transposed": ((6, 5, 5), nn.ConvTranspose2d(6, 8, 3, stride=2), nn.BatchNorm2d(8)),
+    "transposed, grouped": (
+        (6, 5, 5), nn.ConvTranspose2d(6, 8, 3, groups=2, bias=False), nn.BatchNorm2d(8)
+    ),
+    "transposed, 1d": ((6, 5), nn.ConvTranspose1d(6, 8, 3, bias=False), nn.BatchNorm1d(8)),
+    "transposed, 3d": ((6, 3, 3, 3), nn.ConvTranspose3d(6, 8, 2), nn.BatchNorm3d(8)),
     "linear": ((5,), nn.Linear(5, 8), nn.BatchNorm1d(8)),
     "linear without bias": ((5,), nn.Linear(5, 8, bias=False), nn.BatchNorm1d(8)),
     "large eps": ((3, 9, 9), nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8, eps=0.1)),
     "not affine": ((3, 9, 9), nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8, affine=False)),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", FOLDABLE)
@@ -205,5 +211,6 @@ def test_a_branch_on_values_is_refused_with_torchs_reason():
     def branch(_: Made, x: Tensor) -> Tensor:
         return F.relu(x) if x.sum() > 0 else x
 
-    with pytest.raises(ModelError, match=r"(?s)Made cannot be captured.*data-dependent.*branches"):
+    line = r"test_capture.py:\d+, in branch: `return F.relu\(x\) if x.sum\(\) > 0 else x`"
+    with pytest.raises(ModelError, match=rf"(?s)Made cannot be .*{line}.*data-dependent.*branches"):
         capture(Made(branch), (torch.zeros(2, 3),))

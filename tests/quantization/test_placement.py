@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from edgekd.errors import ModelError
 from edgekd.quantization.capture import capture
 from edgekd.quantization.placement import (
     KINDS,
     describe,
     digest,
+    intended_matrix_ops,
     left_in_float,
     place,
     quantized_activations,
@@ -39,6 +41,11 @@ class Layers(nn.Module):
         self.wide = nn.Conv2d(8, 4, 3, padding=1)
         self.depthwise = nn.Conv2d(4, 4, 3, padding=1, groups=4)
         self.same = nn.Conv2d(4, 4, 3, padding="same")
+        self.same1, self.same3 = (conv(4, 4, 1, padding="same") for conv in (nn.Conv1d, nn.Conv3d))
+        self.up1, self.up2, self.up3 = (
+            up(4, 4, 2, stride=2)
+            for up in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+        )
         self.one, self.three = nn.Conv1d(4, 4, 3), nn.Conv3d(4, 4, 1)
         self.linear, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
         self.flat = nn.Linear(256, 3)
@@ -73,6 +80,12 @@ CASES = {
     "conv, padding same": Case(lambda m, x: m.same(x), ["x", "conv2d"], ["same_weight"]),
     "conv1d": Case(lambda m, x: m.one(x), ["x", "conv1d"], ["one_weight"], shape=(4, 8)),
     "conv3d": Case(lambda m, x: m.three(x), ["x", "conv3d"], ["three_weight"], shape=(4, 2, 2, 2)),
+    "conv1d, padding same": Case(
+        lambda m, x: m.same1(x), ["x", "conv1d"], ["same1_weight"], shape=(4, 8)
+    ),
+    "conv3d, padding same": Case(
+        lambda m, x: m.same3(x), ["x", "conv3d"], ["same3_weight"], shape=(4, 2, 2, 2)
+    ),
     "linear at the end gives floats": Case(
         lambda m, x: m.head(x), ["x"], ["head_weight"], shape=(4,)
     ),
@@ -129,7 +142,24 @@ CASES = {
     "adaptive average pool": Case(
         lambda m, x: F.adaptive_avg_pool2d(m.a(x), 1), ["x", "conv2d", "adaptive_avg_pool2d"]
     ),
-    "mean": Case(lambda m, x: m.a(x).mean((2, 3)), ["x", "conv2d", "mean"]),
+    "mean": Case(lambda m, x: m.a(x).mean((2, 3)), ["x", "conv2d", "adaptive_avg_pool2d_default"]),
+    "mean that keeps its axes": Case(
+        lambda m, x: m.a(x).mean((-1, -2), keepdim=True), ["x", "conv2d", "mean"]
+    ),
+    "mean over channels stays float": Case(lambda m, x: m.a(x).mean(1), ["x", "conv2d"]),
+    "pool of floats stays float": Case(
+        lambda m, x: m.b(F.adaptive_avg_pool2d(torch.sigmoid(m.a(x)), 1)),
+        ["x", "conv2d", "adaptive_avg_pool2d", "conv2d_1"], AB,
+    ),
+    # squeeze-excite: the product of two activations
+    "mul": Case(
+        lambda m, x: (y := m.a(x)) * torch.sigmoid(F.adaptive_avg_pool2d(y, 1)),
+        ["x", "conv2d", "adaptive_avg_pool2d", "sigmoid", "mul"],
+    ),
+    "mul of a number stays float": Case(lambda m, x: m.a(x) * 1.5, ["x", "conv2d"]),
+    "mul of floats stays float": Case(
+        lambda m, x: m.a(torch.tanh(x) * torch.sigmoid(x)), ["mul", "conv2d"]
+    ),
     # operators that hand integers through share their input's quantizer
     "max pool": Case(
         lambda m, x: m.b(F.max_pool2d(F.relu(m.a(x)), 2)),
@@ -173,6 +203,67 @@ CASES = {
         lambda m, x: m.b(F.pad(F.relu(m.a(x)), (0, 1, 0, 1), value=1.0)),
         ["x", "relu", "pad", "conv2d_1"], AB,
     ),
+    # these move numbers, on the way to a layer that is in integers
+    "channels shuffled": Case(
+        lambda m, x: m.b(m.a(x).view(-1, 2, 2, 8, 8).transpose(1, 2).reshape(-1, 4, 8, 8)),
+        ["x", "conv2d", "view", "transpose", "reshape", "conv2d_1"], AB,
+        [["conv2d", "view", "transpose", "reshape"]],
+    ),
+    "chunk, read as slices": Case(
+        lambda m, x: m.wide(torch.cat([m.a(x).chunk(2, 1)[1], m.b(x), x[:, :2]], 1)),
+        ["x", "conv2d", "getitem_1", "conv2d_1", "slice_2", "cat", "conv2d_2"],
+        ["a_weight", "b_weight", "wide_weight"],
+        [["x", "slice_2"], ["conv2d", "getitem_1"]],
+    ),
+    "permute, select, unsqueeze, squeeze": Case(
+        lambda m, x: m.b(m.a(x).permute(0, 1, 3, 2).unsqueeze(1).squeeze(1).unsqueeze(0)[0]),
+        ["x", "conv2d", "permute", "unsqueeze", "squeeze", "unsqueeze_1", "select", "conv2d_1"],
+        AB, [["conv2d", "permute", "unsqueeze", "squeeze", "unsqueeze_1", "select"]],
+    ),
+    "channels shuffled by one operator": Case(
+        lambda m, x: m.b(F.channel_shuffle(m.a(x), 2)),
+        ["x", "conv2d", "channel_shuffle", "conv2d_1"], AB, [["conv2d", "channel_shuffle"]],
+    ),
+    "pixels shuffled and back": Case(
+        lambda m, x: m.b(F.pixel_unshuffle(F.pixel_shuffle(m.a(x), 2), 2)),
+        ["x", "conv2d", "pixel_shuffle", "pixel_unshuffle", "conv2d_1"], AB,
+        [["conv2d", "pixel_shuffle", "pixel_unshuffle"]],
+    ),
+    "nearest upsampling": Case(
+        lambda m, x: m.b(F.interpolate(m.a(x), scale_factor=2)),
+        ["x", "conv2d", "upsample_nearest2d", "conv2d_1"], AB, [["conv2d", "upsample_nearest2d"]],
+    ),
+    "bilinear upsampling stays float": Case(
+        lambda m, x: m.b(F.interpolate(m.a(x), scale_factor=2, mode="bilinear")),
+        ["x", "conv2d", "upsample_bilinear2d", "conv2d_1"], AB,
+    ),
+    "unflatten": Case(
+        lambda m, x: m.linear(m.one(x).unflatten(1, (2, 2))),
+        ["x", "conv1d", "unflatten", "reshape_default"], ["one_weight", "linear_weight"],
+        [["conv1d", "unflatten", "reshape_default"]], shape=(4, 6),
+    ),
+    # matrix products of activations: attention
+    "matmul": Case(
+        lambda m, x: m.linear(x) @ x.transpose(1, 2),
+        ["x", "reshape_default", "linear_default", "linear", "transpose", "matmul"],
+        ["linear_weight"],
+        [["x", "reshape_default", "transpose"], ["linear_default", "linear"]], shape=(8, 4),
+    ),
+    "batched matmul": Case(
+        lambda m, x: torch.bmm(x, torch.sigmoid(x)), ["x", "sigmoid", "bmm"], [], shape=(8, 8)
+    ),
+    "attention": Case(
+        lambda m, x: F.scaled_dot_product_attention(x, torch.tanh(x), torch.sigmoid(x)),
+        ["tanh", "sigmoid", "mul_tensor", "transpose_int", "matmul_default", "softmax_int",
+         "scaled_dot_product_attention"], [], [["tanh", "transpose_int"]], shape=(2, 8, 4),
+    ),
+    "linear over tokens is one over rows": Case(
+        lambda m, x: m.head(m.linear(x)),
+        ["x", "reshape_default", "linear_default", "linear", "reshape_default_2"],
+        ["linear_weight", "head_weight"],
+        [["x", "reshape_default"], ["linear_default", "linear", "reshape_default_2"]],
+        shape=(8, 4),
+    ),
     # an operator that no table knows, in the middle
     "sigmoid": Case(
         lambda m, x: m.b(torch.sigmoid(m.a(x))), ["x", "conv2d", "sigmoid", "conv2d_1"], AB
@@ -203,9 +294,21 @@ def sharing(graph: GraphModule) -> list[list[str]]:
     return [names for names in by_quantizer.values() if len(names) > 1]
 
 
-@pytest.mark.parametrize("name", CASES)
+TRANSPOSED = {  # for schemes with "conv_transpose"
+    "transposed": Case(
+        lambda m, x: F.relu(m.up2(x)), ["x", "relu"], ["up2_weight"]
+    ),
+    "transposed, 1-d": Case(lambda m, x: m.up1(x), ["x", "conv_transpose1d"], ["up1_weight"],
+                            shape=(4, 8)),
+    "transposed, 3-d": Case(lambda m, x: m.up3(x), ["x", "conv_transpose3d"], ["up3_weight"],
+                            shape=(4, 2, 2, 2)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*CASES, *TRANSPOSED])
 def test_which_tensors_are_quantized(name: str, scheme: QuantScheme):
-    case = CASES[name]
+    case = (CASES | TRANSPOSED)[name]
+    scheme = scheme.model_copy(update={"ops": (*scheme.ops, "conv_transpose")})
     graph = place(graph_of(case.function, case.shape), scheme)
     assert quantized_activations(graph) == case.activations
     assert sharing(graph) == case.shared
@@ -223,14 +326,14 @@ def test_which_tensors_are_quantized(name: str, scheme: QuantScheme):
 
 def test_every_operator_of_the_table_is_in_a_case():
     met = set()
-    for case in CASES.values():
+    for case in (CASES | TRANSPOSED).values():
         graph = graph_of(case.function, case.shape)
         met |= {node.target for node in graph.graph.nodes}
     # torch.export writes pads as aten.pad; older programs hold constant_pad_nd
     assert {str(op) for op in KINDS} - {str(op) for op in met} == {"aten.constant_pad_nd.default"}
 
 
-ALL = ("conv", "linear", "add", "concat", "pool")
+ALL = ("conv", "linear", "matmul", "add", "mul", "concat", "pool")
 
 
 @pytest.mark.parametrize(
@@ -241,6 +344,8 @@ ALL = ("conv", "linear", "add", "concat", "pool")
         ("add", "add relu", ["x", "conv2d"]),
         ("concat", "concat", ["x", "conv2d", "cat", "conv2d_1"]),
         ("pool", "mean", ["x", "conv2d"]),
+        ("mul", "mul", ["x", "conv2d", "adaptive_avg_pool2d"]),
+        ("matmul", "batched matmul", []),
     ],
 )
 def test_a_kind_that_the_scheme_leaves_out_stays_float(
@@ -249,6 +354,26 @@ def test_a_kind_that_the_scheme_leaves_out_stays_float(
     without = scheme.model_copy(update={"ops": tuple(k for k in ALL if k != kind)})
     graph = place(graph_of(CASES[case].function, CASES[case].shape), without)
     assert quantized_activations(graph) == left
+
+
+def test_operators_that_share_scales_have_one_quantizer(scheme: QuantScheme):
+    shared = scheme.model_copy(update={"shared_scales": ("add", "concat")})
+    graph = place(graph_of(CASES["concat"].function, (4, 8, 8)), shared)
+    assert sharing(graph) == [["x", "conv2d", "cat"]]
+    graph = place(graph_of(CASES["add relu"].function, (4, 8, 8)), shared)
+    assert sharing(graph) == [["x", "conv2d", "relu"]]
+
+
+def test_layers_stay_in_float_on_request(scheme: QuantScheme):
+    graph = place(graph_of(CASES["concat"].function, (4, 8, 8)), scheme, ["a"])
+    assert quantized_activations(graph) == ["cat", "conv2d_1"]
+    assert intended_matrix_ops(graph) == 1
+    assert left_in_float(graph) == {"conv2d": 1, "cat": 1}
+
+
+def test_a_layer_that_is_to_stay_in_float_must_be_there(scheme: QuantScheme):
+    with pytest.raises(ModelError, match="no layer 'wid'.*'wide'"):
+        place(graph_of(CASES["concat"].function, (4, 8, 8)), scheme, ["wid"])
 
 
 def test_a_scheme_without_outputs_quantizes_inputs_only(scheme: QuantScheme):

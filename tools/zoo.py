@@ -1,0 +1,298 @@
+"""Every network of torchvision, and one of each timm family: capture → integers → runtime.
+
+    python tools/zoo.py torchvision                    # what is missing, the smallest first
+    python tools/zoo.py timm --minutes 30              # as many as fit
+    python tools/zoo.py torchvision --models resnet18 --schemes jetson-orin-nano
+    python tools/zoo.py --tables                       # docs/zoo.md from what there is
+
+Weights are random, BatchNorm is calibrated, images are noise, as small as the network takes them.
+Each network is quantized post-training, trained two steps in integers from its own float outputs,
+exported and verified, in a process of its own with a time-out and a bound on memory. Results are
+kept in docs/bench/zoo/, one file a network and scheme. No accuracy here: on random weights it
+compares near-ties.
+
+The gate: every convolution and matrix product that the scheme wants in integers is in integers in
+the graph that runs; locally no tensor is off by more than a step; end to end, without
+optimizations, the outputs are within half a step in the mean. On OpenVINO the end-to-end figure of
+its own kernels and their integers are shown. `jetson-orin-nano` is compiled too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+import traceback
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import edgekd
+from edgekd.files import write_atomically
+from edgekd.latency.measuring import host_name, today
+from edgekd.quantization.capture import capture
+from edgekd.quantization.placement import describe, intended_matrix_ops, left_in_float
+from edgekd.runtimes.base import get_runtime
+
+ROOT = Path(__file__).parents[1]
+KEPT = ROOT / "docs" / "bench" / "zoo"
+SCHEMES = ("host-onnxruntime", "jetson-orin-nano")
+LARGEST = 60e6  # parameters
+SIZES = (64, 96, 128, 160, 192, 224, 256, 299)
+BATCH, BATCHES = 8, 2
+MEAN_STEPS = 0.5
+TIMM = (
+    "beit_base_patch16_224", "coat_tiny", "coatnet_nano_rw_224", "convit_tiny",
+    "convmixer_768_32", "convnext_atto", "convnextv2_atto", "crossvit_tiny_240",
+    "cs3darknet_s", "cspresnet50", "davit_tiny", "deit_tiny_patch16_224", "densenet121",
+    "dla34", "dpn48b", "edgenext_xx_small", "efficientformer_l1", "efficientnet_lite0",
+    "efficientvit_b0", "efficientvit_m0", "ese_vovnet19b_dw", "fastvit_t8", "fbnetc_100",
+    "gernet_s", "ghostnet_050", "hardcorenas_a", "hgnetv2_b0", "hrnet_w18_small", "inception_v4",
+    "inception_next_atto", "lcnet_050", "levit_128s", "mixer_s32_224", "mnasnet_small",
+    "mobilenetv3_small_050", "mobilenetv4_conv_small_035", "mobileone_s0", "mobilevit_xxs",
+    "mobilevitv2_050", "nfnet_l0", "pit_ti_224", "poolformer_s12", "pvt_v2_b0", "regnetx_002",
+    "repghostnet_050", "repvgg_a0", "repvit_m0_9", "res2net50_14w_8s", "resmlp_12_224",
+    "resnest14d", "resnet10t", "resnetv2_50", "rexnetr_100", "selecsls42", "semnasnet_050",
+    "skresnet18", "starnet_s1", "tf_efficientnetv2_b0", "tinynet_e", "tiny_vit_5m_224",
+    "vit_tiny_patch16_224", "xception41", "xcit_nano_12_p16_224",
+)  # fmt: skip
+
+
+def names(library: str) -> list[str]:
+    """Of the networks to run; torchvision: all that classify."""
+    if library == "timm":
+        return sorted(TIMM)
+    import torchvision
+
+    return torchvision.models.list_models(module=torchvision.models)
+
+
+def build(library: str, name: str) -> nn.Module:
+    """Random weights."""
+    torch.manual_seed(0)
+    if library == "timm":
+        import timm
+
+        module: nn.Module = timm.create_model(name, pretrained=False)
+        return module
+    import torchvision
+
+    options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    found: nn.Module = torchvision.models.get_model(name, weights=None, **options)
+    return found
+
+
+def parameters(library: str, name: str) -> int:
+    """How many, without any memory for them."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in build(library, name).parameters())
+
+
+def noise(count: int, size: int, seed: int) -> Tensor:
+    """Images of (count, 3, size, size): noise of two scales."""
+    generator = torch.Generator().manual_seed(seed)
+    fine = torch.randn(count, 3, size, size, generator=generator)
+    coarse = torch.randn(count, 3, 8, 8, generator=generator)
+    return fine + nn.functional.interpolate(coarse, size=size, mode="bilinear")
+
+
+def smallest(module: nn.Module) -> int:
+    """The smallest of SIZES that the network takes, and that pools evenly."""
+    even = True
+
+    def look(layer: nn.Module, inputs: Any, output: Tensor) -> None:
+        nonlocal even
+        sides = zip(inputs[0].shape[2:], output.shape[2:], strict=True)
+        even = even and all(i % o == 0 for i, o in sides)
+
+    for layer in module.modules():
+        if isinstance(layer, nn.AdaptiveAvgPool2d):
+            layer.register_forward_hook(look)
+    reasons = []
+    for size in SIZES:
+        even = True
+        try:
+            with torch.no_grad():
+                module.eval()(torch.zeros(2, 3, size, size))
+        except Exception as error:  # a network may fail in any way at a size it does not take
+            reasons.append(f"{size}: {error}")
+            continue
+        if even:
+            return size
+    raise ValueError(f"no size of {SIZES} will do; {reasons[-1] if reasons else 'uneven pooling'}")
+
+
+def calibrate_batchnorm(module: nn.Module, size: int) -> None:
+    """Running statistics as the mean over a few batches."""
+    module.eval()
+    for layer in module.modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            layer.reset_running_stats()
+            layer.momentum = None
+            layer.train()
+    with torch.no_grad():
+        for seed in range(3):
+            module(noise(16, size, seed))
+    module.eval()
+
+
+def one(library: str, name: str, scheme: str, record: dict[str, Any]) -> None:
+    """All stages of one network; `record` tells how far it came."""
+    record["stage"] = "build"
+    module = build(library, name)
+    record["size"] = size = smallest(module)
+    module = build(library, name)  # without hooks
+    calibrate_batchnorm(module, size)
+    net = edgekd.Network(module, torch.zeros(1, 3, size, size))
+    record["stage"] = "capture"
+    if record["params"] > LARGEST:
+        capture(module, net.io.example(2))
+        record["stage"] = "captured"
+        return
+    batches = [(noise(BATCH, size, 10 + i),) for i in range(BATCHES)]
+    record["stage"] = "quantize and train"
+    quantized = edgekd.quantize(
+        net, target=scheme, data=batches, teacher=net, epochs=1, calibration=BATCH * BATCHES,
+        lr=1e-4, accelerator="cpu",
+    )  # fmt: skip
+    record["intended"] = intended_matrix_ops(quantized.module)
+    record["in_float"] = describe(left_in_float(quantized.module))
+    record["stage"] = "export"
+    with TemporaryDirectory() as folder:
+        artifact = edgekd.export(quantized, target=scheme, out=f"{folder}/{scheme}")
+        record["stage"] = "verify"
+        parity = edgekd.verify(artifact, quantized, data=batches, mean_steps=1e9)
+        record["parity"] = parity.model_dump(mode="json", exclude={"worst_tensors"})
+        plain = get_runtime("onnxruntime").load(artifact.path, threads=1, emulated=True)
+        with torch.no_grad():
+            wanted = [quantized(x).numpy() for (x,) in batches]
+        got = [plain([x.numpy()])[0] for (x,) in batches]
+        step = max(float(np.abs(w).max()) for w in wanted) / 127
+        record["plain_mean_steps"] = float(np.mean([abs(a - b) for a, b in zip(got, wanted)])) / step
+        if scheme == "host-onnxruntime":
+            record["stage"] = "openvino"
+            artifact = edgekd.export(quantized, target="intel-cpu", out=f"{folder}/openvino")
+            parity = edgekd.verify(artifact, quantized, data=batches)
+            record["openvino"] = parity.model_dump(
+                mode="json", include={"mean_steps", "max_steps", "integer_share", "gate", "reasons"}
+            )
+    record["stage"] = "done"
+
+
+def child(library: str, name: str, scheme: str, path: Path, memory_gib: float) -> None:
+    """One network in this process; its record is written whatever happens."""
+    limit = int(memory_gib * 2**30)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    torch.set_num_threads(1)
+    record: dict[str, Any] = {
+        "library": library, "model": name, "scheme": scheme, "host": host_name(), "date": today(),
+        "params": parameters(library, name),
+    }  # fmt: skip
+    began = time.monotonic()
+    try:
+        one(library, name, scheme, record)
+    except Exception as error:  # whatever it is, it is the result
+        record["error"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"
+        traceback.print_exc()
+    record["seconds"] = round(time.monotonic() - began, 1)
+    write_atomically(path, json.dumps(record, indent=1))
+
+
+def launch(library: str, name: str, scheme: str, timeout_s: float, memory_gib: float) -> None:
+    """The same in a process of its own; the log is in runs/zoo."""
+    path = KEPT / library / f"{name}--{scheme}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    log = ROOT / "runs" / "zoo" / f"{path.stem}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, __file__, library, "--child", name, scheme, str(path)]
+    command += ["--memory-gib", str(memory_gib)]
+    with log.open("w") as file:
+        try:
+            code = subprocess.run(
+                command, stdout=file, stderr=file, timeout=timeout_s,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+            ).returncode  # fmt: skip
+            reason = f"ended with {code}"
+        except subprocess.TimeoutExpired:
+            code, reason = -1, f"not done in {timeout_s:g} s"
+    if code:
+        record = {
+            "library": library, "model": name, "scheme": scheme, "host": host_name(),
+            "date": today(), "params": parameters(library, name), "stage": "killed",
+            "error": f"{reason}; memory is bounded to {memory_gib:g} GiB",
+        }  # fmt: skip
+        write_atomically(path, json.dumps(record, indent=1))
+    done = json.loads(path.read_text())
+    print(f"{name} {scheme}: {'; '.join(faults(done)) or 'passed'}", flush=True)
+
+
+def faults(record: dict[str, Any]) -> list[str]:
+    """Why a network does not pass; none for one that is captured only, being too large."""
+    if "error" in record:
+        return [f"{record['stage']}: {record['error']}"]
+    if record["stage"] == "captured":
+        return []
+    parity, found = record["parity"], []
+    if parity["integer_share"] < 1:
+        found.append(f"{parity['integer_share']:.1%} of {record['intended']} in integers")
+    if not record["plain_mean_steps"] <= MEAN_STEPS:
+        found.append(f"{record['plain_mean_steps']:.3g} steps in the mean, end to end")
+    if (local := parity.get("local")) and local["plain"]["max_steps"] > 1:
+        found.append(f"{local['plain']['max_steps']:g} steps locally")
+    if record["scheme"] == "jetson-orin-nano":
+        compiled = parity["compiled"] or {"error": "not compiled", "floating": []}
+        if compiled["error"]:
+            found.append(f"tensorrt-rtx: {compiled['error']}")
+        elif compiled["floating"]:
+            found.append(f"{len(compiled['floating'])} of {compiled['total']} float in tensorrt-rtx")
+    return found
+
+
+def main() -> None:
+    """Run what is missing, two at a time; write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("library", nargs="?", choices=("torchvision", "timm"))
+    parser.add_argument("--models", nargs="*", help="only these")
+    parser.add_argument("--schemes", nargs="*", default=SCHEMES)
+    parser.add_argument("--again", action="store_true", help="also what has a result, or failed")
+    parser.add_argument("--minutes", type=float, default=100, help="start no other after this")
+    parser.add_argument("--timeout-s", type=float, default=900)
+    parser.add_argument("--memory-gib", type=float, default=10)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--tables", action="store_true", help="only write docs/zoo.md")
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        name, scheme, path = options.child
+        child(options.library, name, scheme, Path(path), options.memory_gib)
+        return
+    if options.library and not options.tables:
+        began = time.monotonic()
+        chosen = options.models or names(options.library)
+        jobs = [
+            (name, scheme)
+            for name in sorted(chosen, key=lambda n: parameters(options.library, n))
+            for scheme in options.schemes
+            if options.again or not (KEPT / options.library / f"{name}--{scheme}.json").exists()
+        ]
+
+        def job(pair: tuple[str, str]) -> None:
+            if time.monotonic() - began < 60 * options.minutes:
+                launch(options.library, *pair, options.timeout_s, options.memory_gib)
+
+        with ThreadPoolExecutor(options.processes) as pool:
+            list(pool.map(job, jobs))
+
+
+if __name__ == "__main__":
+    main()
