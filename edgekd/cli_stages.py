@@ -238,7 +238,10 @@ def verify(
     table = Table(title=f"{parity.target} {parity.precision}: {parity.gate}")
     table.add_column("figure")
     table.add_column("value", justify="right")
-    for name, value in parity.model_dump(exclude={"target", "precision", "gate"}).items():
+    shown = parity.model_dump(exclude={"target", "precision", "gate", "local"})
+    for how, found in parity.local.passes.items() if parity.local else ():
+        shown[f"operator by operator, {how}"] = found.summary
+    for name, value in shown.items():
         if value not in (None, (), []):
             table.add_row(name, f"{value:.6g}" if isinstance(value, float) else str(value))
     Console().print(table)

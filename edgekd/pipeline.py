@@ -59,7 +59,7 @@ from edgekd.tasks.base import Difference, Score, Task, get_task
 from edgekd.training import evaluate, fabric, gather, predict
 
 # raised when a stage's meaning changes, so that folders of older versions are not taken for it
-STAGE_VERSIONS = {"teacher": 1, "distill": 1, "prune": 1, "quantize": 1, "export": 1}
+STAGE_VERSIONS = {"teacher": 1, "distill": 1, "prune": 1, "quantize": 1, "export": 2}
 
 
 @dataclass(frozen=True)
@@ -348,6 +348,7 @@ class _Run:
                     path=str(folder / artifact.path.name),
                     metric=None if metric is None else metric.value,
                     metric_ci95=None if metric is None else metric.ci95,
+                    local=parity.local,
                     worst_tensors=parity.worst_tensors[:10],
                     latency_p50_ms=None if measurement is None else measurement.p50_ms,
                     measurement=measurement,

@@ -122,6 +122,7 @@ class VerifySection(_Section):
     metric_gap: Share = 0.001
     mean_steps: Positive = 1.0
     integer_share: Share = 1.0
+    local_exact: Share = 0.999
 
 
 class ProfileSection(_Section):

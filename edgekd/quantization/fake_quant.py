@@ -42,7 +42,7 @@ class _LearnedStep(torch.autograd.Function):
         ctx.gradient_scale = (max(1, count) * max(1, high)) ** -0.5
         if scale.dim():  # symmetric, z = 0
             ctx.range = low, high
-            s: Any = _along(scale, x, axis)
+            s: Any = along(scale, x, axis)
         else:
             zero = int(zero_point)
             ctx.range = low, high = low - zero, high - zero
@@ -57,7 +57,7 @@ class _LearnedStep(torch.autograd.Function):
         (dy,) = grads
         low, high = ctx.range[0] - 0.5, ctx.range[1] + 0.5
         if scale.dim():
-            s = _along(scale, x, ctx.axis)
+            s = along(scale, x, ctx.axis)
             dx = torch.where((x >= low * s) & (x <= high * s), dy, 0.0)
             other = [d for d in range(x.dim()) if d != ctx.axis]
             ds = (dy * y - dx * x).sum(other) / scale
@@ -69,7 +69,7 @@ class _LearnedStep(torch.autograd.Function):
         return dx, ds * ctx.gradient_scale, None, None, None, None
 
 
-def _along(scale: Tensor, x: Tensor, axis: int) -> Tensor:
+def along(scale: Tensor, x: Tensor, axis: int) -> Tensor:
     """(C,) shaped to multiply `x`, whose channels are on `axis`."""
     return scale.view([-1 if d == axis else 1 for d in range(x.dim())])
 

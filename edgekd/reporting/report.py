@@ -12,10 +12,11 @@ from rich.table import Table
 
 from edgekd.files import write_atomically
 from edgekd.latency.measuring import Measurement
-from edgekd.runtimes.base import CompileCheck
-from edgekd.stages.verify import Gate, TensorDifference
+from edgekd.runtimes.base import CompileCheck, TensorDifference
+from edgekd.runtimes.local_parity import LocalParity
+from edgekd.stages.verify import Gate
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 Interval = tuple[float, float]
 
 
@@ -82,6 +83,7 @@ class ArtifactRow(_Row):
     integer_share: float | None
     gate: Gate
     reasons: tuple[str, ...]
+    local: LocalParity | None
     worst_tensors: tuple[TensorDifference, ...]
     compiled: CompileCheck | None
     latency_p50_ms: float | None
@@ -185,6 +187,10 @@ class Report(_Row):
         for row in self.artifacts:
             if (check := row.compiled) is not None and check.error is None:
                 console.print(f"{row.target} {row.precision}: {escape(check.summary)}")
+            for how, found in row.local.passes.items() if row.local else ():
+                console.print(
+                    f"{row.target} {row.precision}, operator by operator {how}: {found.summary}"
+                )
             for reason in row.reasons:
                 console.print(f"{row.target} {row.precision} [bold]{row.gate}[/]: {escape(reason)}")
             if row.worst_tensors:

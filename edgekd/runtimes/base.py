@@ -6,7 +6,7 @@ import hashlib
 import importlib
 import json
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -130,6 +130,32 @@ class CompileCheck(BaseModel):
         return said
 
 
+class TensorDifference(BaseModel):
+    """How far one inner tensor of an artifact is from the trained network's, in its steps.
+
+    Attributes:
+        elements: in the tensor.
+        unequal: how many of them differ by half a step or more.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    tensor: str
+    elements: int
+    unequal: int
+    mean_steps: float
+    max_steps: float
+
+    @staticmethod
+    def of(tensor: str, steps: NDArray[Any]) -> TensorDifference:
+        """From the size of each element's difference, in steps."""
+        # not finite: off by the whole range; JSON has no NaN
+        steps = np.nan_to_num(steps, nan=255.0, posinf=255.0)
+        return TensorDifference(
+            tensor=tensor, elements=steps.size, unequal=int((steps >= 0.5).sum()),
+            mean_steps=float(steps.mean()), max_steps=float(steps.max()),
+        )  # fmt: skip
+
+
 class Session(Protocol):
     """A loaded artifact.
 
@@ -146,7 +172,7 @@ class Session(Protocol):
         """(convolutions and matrix products in integers, all of them) in the graph that runs."""
 
     def tensors(self, inputs: Arrays, names: list[str]) -> dict[str, NDArray[np.float32]]:
-        """Values of inner tensors by name, as far as the runtime can show them."""
+        """Values of tensors by name, as far as the runtime can show them."""
 
 
 class Runtime(Protocol):

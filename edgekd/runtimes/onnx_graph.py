@@ -20,6 +20,7 @@ from torch.fx import GraphModule
 from edgekd import __version__
 from edgekd.errors import ModelError, TargetError
 from edgekd.network import Network
+from edgekd.quantization.convert import bias_steps
 from edgekd.quantization.placement import quantized_activations
 from edgekd.runtimes.onnx_values import constant, new_constant, producer
 from edgekd.runtimes.opset import EXPORTED, lower
@@ -123,7 +124,8 @@ def _name_quantized(model: ir.Model, net: Network) -> None:
     ]
     for node, tensor in zip(nodes, quantized_activations(net.module), strict=True):
         readers = [n for n in node.outputs[0].consumers() if n.op_type == "DequantizeLinear"]
-        readers[0].outputs[0].name = quantized_name(tensor)
+        if not readers[0].outputs[0].is_graph_output():  # that has its name
+            readers[0].outputs[0].name = quantized_name(tensor)
 
 
 def _metadata(net: Network, target: Target) -> dict[str, str]:
@@ -230,8 +232,7 @@ def integer_bias(model: ir.Model) -> int:
             continue
         x_scale, w_scale = constant(x.inputs[1]), constant(w.inputs[1])
         assert x_scale is not None and w_scale is not None
-        scale = (x_scale * w_scale).astype(np.float32)
-        steps = np.rint(bias / scale)
+        steps, scale = bias_steps(bias, x_scale, w_scale)
         if np.abs(steps).max(initial=0) >= 2**31:
             channel = int(np.abs(steps).argmax())
             raise ModelError(

@@ -17,24 +17,24 @@ from edgekd.network import Network
 from edgekd.quantization.fake_quant import FakeQuant
 from edgekd.quantization.placement import quantized_activations, quantizers
 from edgekd.reporting.progress import Progress
-from edgekd.runtimes.base import Arrays, Artifact, CompileCheck, Session, get_runtime
+from edgekd.runtimes.base import (
+    Arrays,
+    Artifact,
+    CompileCheck,
+    Session,
+    TensorDifference,
+    get_runtime,
+)
+from edgekd.runtimes.local_parity import LocalParity, local_parity
 from edgekd.runtimes.onnx_graph import quantized_name
 from edgekd.runtimes.tensorrt import compile_check
 from edgekd.target import Precision, Target
 from edgekd.tasks.base import Score, Task, top1_agreement
 
+LOCAL_SAMPLES = 8  # local parity shows every tensor; a few samples have millions of elements
 SOUND_STEPS = 0.25  # mean difference of a tensor that rounding alone explains
 
 Gate = Literal["passed", "failed", "unchecked"]
-
-
-class TensorDifference(BaseModel):
-    """How far one inner tensor of the artifact is from the trained network's, in its steps."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    tensor: str
-    mean_steps: float
-    max_steps: float
 
 
 class Parity(BaseModel):
@@ -53,7 +53,9 @@ class Parity(BaseModel):
         compiled: what a compiler for the target's kind of device makes of the file, where its
             kernels are not here; None where nothing can.
         reasons: why the gate is failed or unchecked.
-        worst_tensors: of a failed INT8 artifact, its inner tensors, the likeliest culprit first.
+        local: each quantized operator by itself, of an INT8 artifact that ONNX Runtime runs.
+        worst_tensors: of a failed INT8 artifact that another runtime runs, its inner tensors, the
+            likeliest culprit first.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -70,6 +72,7 @@ class Parity(BaseModel):
     integer_share: float | None = None
     gate: Gate
     reasons: tuple[str, ...] = ()
+    local: LocalParity | None = None
     worst_tensors: tuple[TensorDifference, ...] = ()
     compiled: CompileCheck | None = None
 
@@ -84,8 +87,12 @@ def verify(
     metric_gap: float = 0.001,
     mean_steps: float = 1.0,
     integer_share: float = 1.0,
+    local_exact: float = 0.999,
 ) -> Parity:
     """Run the artifact and the Network over the whole test split and compare.
+
+    An INT8 artifact for ONNX Runtime is also compared operator by operator, on a few samples: end
+    to end alone, one value that rounds to the other side moves all that follows.
 
     Args:
         task: its agreement and its metric; without one, outputs of (N, K) are compared by their
@@ -95,6 +102,8 @@ def verify(
         mean_steps: largest mean difference of an INT8 artifact's outputs, in steps; sound ones
             are below 0.2, and classes far apart hide much more from the agreement.
         integer_share: least share of integer matrix operators, for an INT8 artifact.
+        local_exact: least share of elements that each quantized operator gives exactly, of the
+            runtime's own inputs; none may be off by more than 1 step. See `local_parity`.
     """
     target = Target.load(artifact.target)
     emulated = target.verifier == "emulated"
@@ -145,6 +154,11 @@ def verify(
         figures["integer_share"] = share = integer / max(1, total)
         if share < integer_share:
             failed.append(f"{integer} of {total} matrix operators run in integers")
+        if runtime.name == "onnxruntime":
+            figures["local"] = local = local_parity(
+                artifact.path, net, first[:LOCAL_SAMPLES], shipped=not emulated
+            )
+            failed += _local_failures(local, local_exact)
     else:
         figures["relative_error"] = max(
             float(np.abs(a - b).max() / max(float(np.abs(b).max()), 1e-30))
@@ -159,12 +173,27 @@ def verify(
         except MissingPackageError as error:
             unchecked.append(f"compile check: {error}")
     gate: Gate = "failed" if failed else "unchecked" if unchecked else "passed"
-    if failed and artifact.precision == "int8":
+    if failed and artifact.precision == "int8" and "local" not in figures:
         figures["worst_tensors"] = rank_tensors(session, net, first)
     return Parity(
         **common, **figures, verifier=target.verifier, gate=gate,
         reasons=(*failed, *unchecked),
     )  # fmt: skip
+
+
+def _local_failures(local: LocalParity, least: float) -> list[str]:
+    """Why an artifact fails local parity."""
+    failures = []
+    for how, found in local.passes.items():
+        causes = "".join(f"; {cause}" for cause in found.causes)
+        if found.first is not None:
+            failures.append(f"local parity {how}: {found.first}{causes}")
+        elif found.exact < least:
+            failures.append(
+                f"local parity {how}: {found.exact:.3%} of elements are exact; {least:.3%} is "
+                f"asked for{causes}"
+            )
+    return failures
 
 
 def _compile_failures(compiled: CompileCheck, precision: Precision) -> list[str]:
@@ -269,11 +298,8 @@ def rank_tensors(session: Session, net: Network, x: Tensor) -> tuple[TensorDiffe
     ranked: list[tuple[float, TensorDifference]] = []
     worst = SOUND_STEPS
     for name, array in shown.items():
-        steps = np.abs(array - values[name][0].numpy()) / values[name][1]
-        # not finite: off by the whole range; JSON has no NaN
-        steps = np.nan_to_num(steps, nan=255.0, posinf=255.0)
-        difference = TensorDifference(
-            tensor=name, mean_steps=float(steps.mean()), max_steps=float(steps.max())
+        difference = TensorDifference.of(
+            name, np.abs(array - values[name][0].numpy()) / values[name][1]
         )
         ranked.append((difference.mean_steps / worst, difference))
         worst = max(worst, difference.mean_steps)

@@ -20,10 +20,11 @@ from edgekd.reporting.report import (
     StageRow,
     TeacherRow,
 )
-from edgekd.runtimes.base import CompileCheck
-from edgekd.stages.verify import TensorDifference
+from edgekd.runtimes.base import CompileCheck, TensorDifference
+from edgekd.runtimes.local_parity import LocalParity, LocalPass
 
 HOSTILE = "<script>alert('x')</script> & \"$\\frac$\""
+WORST = TensorDifference(tensor="conv", elements=100, unequal=40, mean_steps=3, max_steps=9)
 VOID = {"meta", "img", "br"}
 
 
@@ -46,8 +47,8 @@ def artifact(**changes: object) -> ArtifactRow:
         "sha256": "abc", "verifier": "native", "metric": 0.89, "metric_ci95": (0.88, 0.9),
         "n": 1000, "agreement": 0.995, "max_steps": None, "mean_steps": None,
         "relative_error": 1e-6, "integer_share": None, "gate": "passed", "reasons": (),
-        "worst_tensors": (), "compiled": None, "latency_p50_ms": None, "measurement": None,
-        "ships": True, "why": "the only one sound",
+        "local": None, "worst_tensors": (), "compiled": None, "latency_p50_ms": None,
+        "measurement": None, "ships": True, "why": "the only one sound",
     }  # fmt: skip
     return ArtifactRow(**values | changes)
 
@@ -72,8 +73,12 @@ def report(**changes: object) -> Report:
                                     history=history(1.5, 0.7))),),
         "artifacts": (
             artifact(latency_p50_ms=0.5, measurement=measured),
+            artifact(target="phone", precision="int8", local=LocalParity(
+                n=8, as_shipped=None, as_written=LocalPass(
+                    tensors=4, of=5, elements=2000, exact=0.98, max_steps=9, worst=(WORST,),
+                    first="relu (conv2d) is off", causes=(HOSTILE,)))),
             artifact(target="device", gate="failed", ships=False, why="", reasons=("too far off",),
-                     worst_tensors=(TensorDifference(tensor="conv", mean_steps=3, max_steps=9),),
+                     worst_tensors=(WORST,),
                      compiled=CompileCheck(tool="compiler", version="1", capability="SM86",
                                            integer=3, total=4)),
         ),
@@ -121,6 +126,14 @@ def test_it_needs_nothing_else():
     assert all(image["src"].startswith("data:image/svg+xml;base64,") for image in parsed.all("img"))
     assert all(image["alt"] for image in parsed.all("img"))
     assert "http" not in text and "url(" not in text and "@import" not in text
+
+
+def test_each_operator_by_itself_is_under_parity():
+    parity = Page(page(report())).text.partition("Parity")[2]
+    assert "as written 98.0000 / 9" in parity
+    assert "98.00000% of 2,000 elements exact, largest difference 9 steps, 4 of 5 tensors" in parity
+    assert f"; {HOSTILE}" in parity
+    assert "conv : 40 of 100 elements differ, 9 steps at most" in parity
 
 
 def test_the_answer_comes_first():

@@ -34,6 +34,11 @@ def test_a_sound_integer_artifact_passes(
     task = Classification() if with_task else None
     parity = verify(int8_artifact, quantized, data=batches, task=task)
     assert (parity.gate, parity.reasons, parity.worst_tensors) == ("passed", (), ())
+    assert parity.local is not None and parity.local.as_shipped is not None
+    for found in parity.local.passes.values():
+        assert (found.first, found.tensors) == (None, found.of)
+        assert found.exact >= 0.999
+        assert found.max_steps <= 1
     assert (parity.verifier, parity.n, parity.integer_share) == ("native", 6 * 64, 1.0)
     assert parity.agreement is not None
     assert parity.agreement >= 0.995
@@ -54,7 +59,7 @@ def test_a_sound_float_artifact_passes(fp32_artifact: Artifact, trained: Network
     assert (parity.gate, parity.agreement) == ("passed", 1.0)
     assert parity.relative_error is not None
     assert parity.relative_error < 1e-4
-    assert parity.max_steps is parity.integer_share is None
+    assert parity.max_steps is parity.integer_share is parity.local is None
 
 
 def test_figures_are_numpys(int8_artifact: Artifact, quantized: Network, batches: Batches):
@@ -111,21 +116,34 @@ def faint(batches: Batches) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("index", range(9))
-def test_a_tampered_scale_fails_and_is_ranked_first(
+def test_a_tampered_scale_fails_and_is_named(
     int8_artifact: Artifact, quantized: Network, faint: list[Tensor], index: int, tmp_path: Path
 ):
     assert verify(int8_artifact, quantized, data=faint, agreement=0.99).gate == "passed"
-    tensors = activations(int8_artifact)
-    broken = tampered(int8_artifact, tmp_path, multiply_scale(tensors[index]))
+    tensor = activations(int8_artifact)[index]
+    broken = tampered(int8_artifact, tmp_path, multiply_scale(tensor))
     parity = verify(broken, quantized, data=faint, agreement=0.99)
     assert parity.gate == "failed"
-    assert parity.reasons
-    names = [d.tensor.removeprefix("quant.") for d in parity.worst_tensors]
-    assert sorted(names) == sorted(tensors)
-    assert names[0] == tensors[index]
-    # what comes before it is sound
-    means = {d.tensor.removeprefix("quant."): d.mean_steps for d in parity.worst_tensors}
-    assert max((means[t] for t in tensors[:index]), default=0.0) < 0.25 < 10 < means[names[0]]
+    assert any(r.startswith(f"local parity as written: {tensor} (") for r in parity.reasons)
+    assert parity.local is not None
+    names = [d.tensor for d in parity.local.as_written.worst if d.max_steps > 1]
+    assert names == [tensor]  # what comes before and behind is sound
+
+
+def test_local_parity_alone_fails_the_gate(
+    int8_artifact: Artifact, quantized: Network, batches: Batches, tmp_path: Path
+):
+    tensor = activations(int8_artifact)[4]
+    broken = tampered(int8_artifact, tmp_path, multiply_scale(tensor, 1.02))
+    options: dict[str, Any] = {
+        "data": batches, "agreement": 0.0, "mean_steps": 100.0, "integer_share": 0.0,
+    }  # fmt: skip
+    parity = verify(broken, quantized, **options)
+    assert parity.gate == "failed"
+    assert all(reason.startswith("local parity as ") for reason in parity.reasons)
+    asked = verify(int8_artifact, quantized, **options, local_exact=1.1).reasons
+    assert len(asked) == 2
+    assert "110.000% is asked for" in asked[0]
 
 
 def test_float_layers_in_an_integer_artifact_fail(
@@ -164,7 +182,7 @@ def test_outputs_that_are_not_finite_fail(
     Parity.model_validate_json(parity.model_dump_json())  # what is written can be read again
 
 
-def test_an_inner_tensor_that_is_not_finite_is_ranked_first_and_written_as_json(
+def test_an_inner_tensor_that_is_not_finite_is_named_and_written_as_json(
     int8_artifact: Artifact, quantized: Network, batches: Batches, tmp_path: Path
 ):
     tensor = activations(int8_artifact)[4]
@@ -172,7 +190,8 @@ def test_an_inner_tensor_that_is_not_finite_is_ranked_first_and_written_as_json(
     parity = verify(broken, quantized, data=batches)
     assert parity.gate == "failed"
     again = Parity.model_validate_json(parity.model_dump_json())
-    assert again.worst_tensors[0].tensor == f"quant.{tensor}"
+    assert again.local is not None and again.local.as_written.first is not None
+    assert again.local.as_written.first.startswith(f"{tensor} (")
 
 
 def test_a_worse_metric_fails(
@@ -249,6 +268,8 @@ def test_another_devices_artifact_is_emulated(
     phone = int8_artifact.model_copy(update={"target": "android-arm64"})
     parity = verify(phone, quantized, data=batches, task=Classification())
     assert (parity.gate, parity.verifier, asked) == ("passed", "emulated", [True])
+    assert parity.local is not None
+    assert list(parity.local.passes) == ["as written"]
 
 
 def test_no_samples_no_parity(fp32_artifact: Artifact, trained: Network):

@@ -1,0 +1,307 @@
+"""Local parity: sound artifacts are exact, and what is wrong is found where it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from torch import Tensor, nn
+
+from edgekd.network import Network
+from edgekd.quantization.placement import quantized_activations, quantizers
+from edgekd.runtimes import local_parity as module
+from edgekd.runtimes.base import Artifact
+from edgekd.runtimes.local_parity import LocalParity, local_parity
+from edgekd.runtimes.onnx_graph import quantized_name
+from edgekd.runtimes.onnxruntime import OnnxRuntime
+from edgekd.stages.export import export
+from edgekd.stages.quantize import quantize
+from edgekd.target import Target
+
+Batches = list[tuple[Tensor, Tensor]]
+Change = Callable[[onnx.ModelProto], None]
+
+
+def assert_sound(found: LocalParity) -> None:
+    for ran in found.passes.values():
+        assert ran.first is None
+        assert ran.tensors == ran.of
+        assert ran.exact >= 0.999
+        assert ran.max_steps <= 1
+
+
+# ---- sound ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["quantized", "quantized_mobile"])
+def test_a_sound_artifact_is_exact_as_written_and_as_shipped(
+    name: str, host: Target, batches: Batches, tmp_path: Path, request: pytest.FixtureRequest
+):
+    net: Network = request.getfixturevalue(name)
+    artifact = export(net, target=host, out=tmp_path)
+    found = local_parity(artifact.path, net, batches[-1][0], shipped=True)
+    assert list(found.passes) == ["as written", "as shipped"]
+    assert_sound(found)
+    # every quantized activation, and the output, which is float
+    assert found.n == 64
+    assert found.as_written.of == len(quantized_activations(net.module)) + 1  # type: ignore[arg-type]
+    assert LocalParity.model_validate_json(found.model_dump_json()) == found
+
+
+def test_a_symmetric_scheme_with_float_biases(trained: Network, batches: Batches, tmp_path: Path):
+    net = quantize(trained, target="jetson-orin-nano", data=batches, accelerator="cpu")
+    artifact = export(net, target="jetson-orin-nano", out=tmp_path)
+    found = local_parity(artifact.path, net, batches[-1][0], shipped=False)
+    assert found.as_shipped is None
+    assert_sound(found)
+
+
+def test_signed_activations_export_to_both_flavours(
+    trained: Network, host: Target, batches: Batches, tmp_path: Path
+):
+    assert host.scheme is not None
+    scheme = host.scheme.model_copy(update={"activation_dtype": "int8"})
+    signed = host.model_copy(update={"scheme": scheme})
+    net = quantize(trained, target=signed, data=batches, accelerator="cpu")
+    x = batches[-1][0]
+    outputs = []
+    for target, dtype in ((signed, np.int8), (host, np.uint8)):
+        path = export(net, target=target, out=tmp_path / dtype.__name__).path
+        session = OnnxRuntime().load(path, threads=1, emulated=True)
+        outputs.append(session([x.numpy()])[0])
+        model = onnx.load(path)
+        zero = producer(model, convolution(model, 0).input[0]).input[2]
+        assert constant(model, zero).dtype == dtype
+        assert_sound(local_parity(path, net, x, shipped=True))
+    np.testing.assert_array_equal(*outputs)
+
+
+def test_several_outputs_and_an_activation_that_is_read_twice(host: Target, tmp_path: Path):
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+            self.head = nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            x = self.first(x).relu()
+            y = torch.cat([x, self.second(x).relu()], 1)
+            return {"scores": self.head(y[:, :8].mean((2, 3))), "map": y}
+
+    torch.manual_seed(0)
+    net = quantize(
+        Network(Heads(), torch.zeros(1, 3, 8, 8)), target=host, data=[torch.randn(32, 3, 8, 8)],
+        accelerator="cpu",
+    )  # fmt: skip
+    artifact = export(net, target=host, out=tmp_path)
+    written = [output.name for output in onnx.load(artifact.path).graph.output]
+    assert written == ["scores", "map"]  # the second one is dequantized, and keeps its name
+    assert_sound(local_parity(artifact.path, net, torch.randn(8, 3, 8, 8), shipped=True))
+
+
+def test_kernels_that_are_lost_by_showing_a_tensor_are_counted(
+    int8_artifact: Artifact, quantized: Network
+):
+    session = OnnxRuntime().load(int8_artifact.path, threads=1)
+    names = quantized_activations(quantized.module)  # type: ignore[arg-type]
+    assert session.lost_by_showing([quantized_name(name) for name in names]) == 0
+    # in front of its quantizer, the first convolution's output is not to be had from QLinearConv
+    inside = convolution(onnx.load(int8_artifact.path), 0).output[0]
+    assert session.lost_by_showing([inside]) == 1
+
+
+# ---- what is wrong is found where it is ----------------------------------------------------------
+
+
+def tampered(artifact: Artifact, folder: Path, change: Change) -> Path:
+    model = onnx.load(artifact.path)
+    change(model)
+    onnx.save(model, folder / "model.onnx")
+    return folder / "model.onnx"
+
+
+def constant(model: onnx.ModelProto, name: str) -> np.ndarray[Any, Any]:
+    (found,) = [c for c in model.graph.initializer if c.name == name]
+    return numpy_helper.to_array(found).copy()
+
+
+def set_input(model: onnx.ModelProto, node: onnx.NodeProto, index: int, array: Any) -> None:
+    """A constant of the node's own: others may share the one that it reads."""
+    model.graph.initializer.append(numpy_helper.from_array(np.asarray(array), "tampered"))
+    node.input[index] = "tampered"
+
+
+def producer(model: onnx.ModelProto, name: str) -> onnx.NodeProto:
+    (node,) = [n for n in model.graph.node if name in n.output]
+    return node
+
+
+def convolution(model: onnx.ModelProto, index: int) -> onnx.NodeProto:
+    return [n for n in model.graph.node if n.op_type == "Conv"][index]
+
+
+def triple_a_scale(model: onnx.ModelProto) -> None:
+    """Of the activation that the fourth convolution reads."""
+    node = producer(model, convolution(model, 3).input[0])
+    set_input(model, node, 1, constant(model, node.input[1]) * np.float32(3))
+
+
+def move_a_zero_point(model: onnx.ModelProto) -> None:
+    node = producer(model, convolution(model, 3).input[0])
+    set_input(model, node, 2, constant(model, node.input[2]) + np.uint8(4))
+
+
+def change_a_weight(model: onnx.ModelProto) -> None:
+    node = producer(model, convolution(model, 3).input[1])
+    weight = constant(model, node.input[0])
+    weight[2, 1, 1, 1] += 64 if weight[2, 1, 1, 1] < 0 else -64
+    set_input(model, node, 0, weight)
+
+
+def move_a_bias(model: onnx.ModelProto) -> None:
+    node = producer(model, convolution(model, 3).input[2])
+    bias = constant(model, node.input[0])
+    bias[5] += 4000
+    set_input(model, node, 0, bias)
+
+
+def change_the_head(model: onnx.ModelProto) -> None:
+    (head,) = [n for n in model.graph.node if n.op_type == "Gemm"]
+    node = producer(model, head.input[1])
+    weight = constant(model, node.input[0])
+    weight[0, 0] += 64 if weight[0, 0] < 0 else -64
+    set_input(model, node, 0, weight)
+
+
+def where_it_is(artifact: Artifact, change: Change) -> str:
+    """Name of the tensor that the change makes wrong first."""
+    model = onnx.load(artifact.path)
+    if change is change_the_head:
+        return "linear"
+    fourth = convolution(model, 3)
+    name = fourth.input[0]
+    if change in (change_a_weight, move_a_bias):  # on to the quantizer behind it
+        name = fourth.output[0]
+        while not name.startswith("quant."):
+            (name,) = [n.output[0] for n in model.graph.node if name in n.input]
+    return name.removeprefix("quant.")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [triple_a_scale, move_a_zero_point, change_a_weight, move_a_bias, change_the_head],
+    ids=lambda change: change.__name__,
+)
+def test_a_tampered_artifact_is_found_out_at_the_first_wrong_tensor(
+    change: Change, int8_artifact: Artifact, quantized: Network, batches: Batches, tmp_path: Path
+):
+    path = tampered(int8_artifact, tmp_path, change)
+    found = local_parity(path, quantized, batches[-1][0], shipped=False).as_written
+    wrong = where_it_is(int8_artifact, change)
+    assert found.max_steps > 1
+    assert found.first is not None
+    assert found.first.startswith(f"{wrong} (")
+    # everything else reads what the runtime has, and is right
+    assert [d.tensor for d in found.worst if d.max_steps > 1] == [wrong]
+
+
+def test_the_first_wrong_operator_is_named_with_what_it_reads(
+    int8_artifact: Artifact, quantized: Network, batches: Batches, tmp_path: Path
+):
+    path = tampered(int8_artifact, tmp_path, change_the_head)
+    found = local_parity(path, quantized, batches[-1][0][:8], shipped=False).as_written
+    assert found.first is not None
+    assert found.first.startswith("linear (linear) is off by ")
+    head = next(k for k, v in quantized.module.named_parameters() if v.shape == (4, 16))
+    assert f"{head} (4, 16)" in found.first
+    assert "(8, 16)" in found.first
+
+
+# ---- the figures ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def one_convolution(host: Target) -> tuple[Network, Tensor]:
+    """A convolution with a bias whose int32 steps are coarse beside its output's."""
+    torch.manual_seed(0)
+    x = torch.randn(16, 3, 8, 8)
+    net = quantize(
+        Network(nn.Conv2d(3, 4, 3), torch.zeros(1, 3, 8, 8)), target=host, data=[x],
+        accelerator="cpu",
+    )  # fmt: skip
+    for name, scale in (("input_1", 0.5), ("weight", 0.25), ("conv2d", 0.0625)):
+        quantizers(net.module)[name].scale.data.fill_(scale)  # type: ignore[arg-type]
+    return net, x
+
+
+def test_counts_are_numpys(one_convolution: tuple[Network, Tensor], host: Target, tmp_path: Path):
+    net, x = one_convolution
+    artifact = export(net, target=host, out=tmp_path)
+    path = tampered(artifact, tmp_path, change_first_weight)
+    found = local_parity(path, net, x, shipped=False).as_written
+    # the convolution over the integers, as sums of windows
+    q = quantizers(net.module)  # type: ignore[arg-type]
+    zero = int(q["input_1"].zero_point)
+    integers = np.clip(np.rint(x.numpy() / 0.5) + zero, 0, 255).astype(np.int64) - zero
+    weight, bias = (p.detach().numpy() for p in (net.module.weight, net.module.bias))
+    weight = np.clip(np.rint(weight / 0.25), -63, 63).astype(np.int64)
+    windows = np.lib.stride_tricks.sliding_window_view(integers, (3, 3), (2, 3))
+    steps = np.einsum("nchwij,ocij->nohw", windows, weight)
+    steps = steps + np.rint(bias / 0.125).astype(np.int64)[:, None, None]
+    zero = int(q["conv2d"].zero_point)
+    ours = np.clip(np.rint(steps * 0.125 / 0.0625) + zero, 0, 255)
+    session = OnnxRuntime().load(path, threads=1, emulated=True)
+    (theirs,) = session([x.numpy()])
+    difference = np.abs(ours - zero - theirs / 0.0625)
+    assert difference.max() > 1
+    (worst,) = found.worst
+    assert (worst.tensor, worst.elements, worst.unequal, worst.max_steps) == (
+        "conv2d", difference.size, (difference > 0).sum(), difference.max(),
+    )  # fmt: skip
+    assert worst.mean_steps == pytest.approx(difference.mean())
+    assert found.exact == pytest.approx(1 - worst.unequal / (difference.size + x.numel()))
+
+
+def change_first_weight(model: onnx.ModelProto) -> None:
+    node = producer(model, convolution(model, 0).input[1])
+    weight = constant(model, node.input[0])
+    weight[1, 0, 0, 0] += 3
+    set_input(model, node, 0, weight)
+
+
+def test_the_reference_has_the_bias_that_int32_gives(
+    one_convolution: tuple[Network, Tensor], host: Target, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
+    net, x = one_convolution
+    artifact = export(net, target=host, out=tmp_path)
+    found = local_parity(artifact.path, net, x, shipped=True)
+    assert [ran.exact for ran in found.passes.values()] == [1.0, 1.0]
+    monkeypatch.setattr(module._Reference, "_bias", lambda *_: None)  # as it was trained
+    assert local_parity(artifact.path, net, x, shipped=False).as_written.exact < 0.9
+
+
+@pytest.mark.parametrize(
+    ("instructions", "bits", "explained"),
+    [("avx2", 8, True), ("avx512f", 8, True), ("avx2", 7, False), ("avx512_vnni", 8, False)],
+)
+def test_saturation_is_explained_where_it_is_possible(
+    instructions: str, bits: int, explained: bool, int8_artifact: Artifact, quantized: Network,
+    batches: Batches, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
+    monkeypatch.setattr(module, "host_instruction_set", lambda: instructions)
+    assert quantized.scheme is not None
+    scheme = quantized.scheme.model_copy(update={"weight_bits": bits})
+    net = quantized.quantized(quantized.module, scheme)  # type: ignore[arg-type]
+    path = tampered(int8_artifact, tmp_path, change_a_weight)
+    found = local_parity(path, net, batches[0][0][:8], shipped=True)
+    assert found.as_shipped is not None
+    assert found.as_shipped.max_steps > 1
+    assert any("vpmaddubsw" in cause for cause in found.as_shipped.causes) == explained
+    assert found.as_written.causes == ()  # float kernels do not saturate
