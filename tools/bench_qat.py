@@ -59,8 +59,8 @@ def noise(size: int) -> Data:
     labels = torch.randint(CLASSES, (BATCH * STEPS,), generator=generator)
     split = InMemory(images.byte(), labels)
     names = tuple(f"class {i}" for i in range(CLASSES))
-    third = (0.5, 0.5, 0.5)
-    return Data("noise", {"train": split, "test": split}, names, Preprocessing(mean=third, std=third))
+    half = (0.5, 0.5, 0.5)
+    return Data("noise", {"train": split, "test": split}, names, Preprocessing(mean=half, std=half))
 
 
 def modelopt(module: nn.Module, x: torch.Tensor) -> nn.Module:
@@ -92,13 +92,16 @@ PEERS = {
 }
 
 
-def arms(make: Callable[[], nn.Module], size: int, cache: Path) -> dict[str, tuple[Network, Terms, bool]]:
+Arm = tuple[Network, Terms, bool]
+
+
+def arms(make: Callable[[], nn.Module], size: int, cache: Path) -> dict[str, Arm]:
     """(network, terms, keyed) of each arm that can be had here."""
     data, example = noise(size), torch.zeros(1, 3, size, size)
     plain = Network(make(), example)
     quantized = edgekd.quantize(plain, target="host-onnxruntime", data=data, calibration=64)
     ask = cached_teacher(plain, data, folder=cache, device=torch.device("cpu"))
-    found: dict[str, tuple[Network, Terms, bool]] = {
+    found: dict[str, Arm] = {
         "plain": (plain, LearningTerms(task, None, 0.9), False),
         "edgekd": (quantized, LearningTerms(task, ask, 0.9, keyed=True), True),
     }
