@@ -47,7 +47,7 @@ ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "docs" / "bench" / "zoo"
 SCHEMES = ("host-onnxruntime", "jetson-orin-nano")
 LARGEST = 60e6  # parameters
-SIZES = (64, 96, 128, 160, 192, 224, 256, 299)
+SIZES = (32, 64, 96, 128, 160, 192, 224, 256, 299)
 BATCH, BATCHES = 8, 2
 MEAN_STEPS = 0.5
 LOCAL_EXACT = 0.999  # share of elements
@@ -94,6 +94,10 @@ def build(library: str, name: str) -> nn.Module:
 
 def parameters(library: str, name: str) -> int:
     """How many, without any memory for them."""
+    if library == "torchvision":
+        import torchvision
+
+        return torchvision.models.get_model_weights(name).DEFAULT.meta["num_params"]
     with torch.device("meta"):
         return sum(p.numel() for p in build(library, name).parameters())
 

@@ -90,6 +90,8 @@ class FakeQuant(FakeQuantizeBase):  # type: ignore[misc]  # torchao ships no typ
         bits: the integers are used as if they had this many bits (7 of 8 keeps `vpmaddubsw`
             from saturating); the exported type stays `dtype`.
         symmetric: zero point 0 and range ±(2^(bits-1) − 1) from amax.
+        full_range: symmetric integers go on to −2^(bits-1), where QuantizeLinear saturates:
+            activations do, weights do not.
         channels: number of channels on `ch_axis`, or None for one scale for the tensor; several
             scales are symmetric.
         max_value: largest real value the range may reach (6 behind a ReLU6, so that the clip
@@ -102,6 +104,7 @@ class FakeQuant(FakeQuantizeBase):  # type: ignore[misc]  # torchao ships no typ
         dtype: torch.dtype,
         bits: int = 8,
         symmetric: bool,
+        full_range: bool = False,
         channels: int | None = None,
         ch_axis: int = 0,
         max_value: float | None = None,
@@ -114,7 +117,7 @@ class FakeQuant(FakeQuantizeBase):  # type: ignore[misc]  # torchao ships no typ
         self.symmetric = symmetric
         self.quant_min, self.quant_max = info.min, info.max
         amax = 2 ** (bits - 1) - 1
-        self.low: int = -amax if symmetric else info.min
+        self.low: int = -amax - full_range if symmetric else info.min
         self.high: int = amax if symmetric else info.max
         self.ch_axis = ch_axis
         self.qscheme = torch.per_tensor_affine if channels is None else torch.per_channel_symmetric
