@@ -114,6 +114,7 @@ class QuantizeSection(_Learning):
     max_drop: Share | None = None
     lr: Positive = 3e-3
     weight_decay: NotNegative = 1e-4
+    freeze_scales: Share = 1.0
 
 
 class VerifySection(_Section):

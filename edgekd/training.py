@@ -48,6 +48,7 @@ def fit(
     batch_size: int,
     lr: float,
     weight_decay: float,
+    freeze_scales: float = 1.0,
     seed: int,
     on: Fabric,
     label: str,
@@ -65,6 +66,8 @@ def fit(
         epochs: passes over `data`.
         lr: the highest learning rate, for a batch of `batch_size`.
         weight_decay: of weights; not of biases, normalisation and quantizers.
+        freeze_scales: share of the run behind which a quantized network's scales stay; its weights
+            then settle on a grid that does not move.
         label: what the progress bar says.
         run: where the log and the checkpoint go; None writes nothing.
 
@@ -104,6 +107,11 @@ def fit(
                 }
             )
 
+    learnt_scales = [
+        tensor
+        for name, tensor in net.state().items()
+        if name.startswith("quant.") and tensor.requires_grad
+    ]
     steps = train_steps(data, batch_size)
     saved_at = time.monotonic()
     first_epoch, start = divmod(step, steps) if steps else (step, 0)
@@ -119,6 +127,8 @@ def fit(
                 share = (epoch + (index / steps if steps else 0.5)) / epochs
                 for group in optimizer.param_groups:
                     group["lr"] = lr * _schedule(share) * group["size"]
+                for scale in learnt_scales:
+                    scale.requires_grad_(share < freeze_scales)
                 torch.manual_seed(seed * 1_000_003 + epoch * 100_003 + index)
                 batch = tuple(t[on.global_rank :: on.world_size].to(on.device) for t in batch)
                 values = terms(batch, module(batch[0]))
@@ -145,6 +155,8 @@ def fit(
             start, count, sums = 0, 0, {}
             checkpoint()
             saved_at = time.monotonic()
+    for scale in learnt_scales:
+        scale.requires_grad_(True)
     # as it will be when it is loaded: kernels and captured graphs depend on the memory format
     net.module.to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     net.train_mode(False)

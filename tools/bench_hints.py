@@ -5,7 +5,7 @@
 Two answers on Fashion-MNIST, of the same teacher and student:
 
     unexplained  share of the teacher's maps that no affine map of the student's explains, on test
-                 images, for the bench's arms with and without hints
+                 images, for the bench's arms with and without hints (of the seeds that are here)
     few          the gain of hints by the number of training images and their weight, three seeds
 
 Figures go to docs/bench/hints.json.
@@ -80,7 +80,10 @@ def main() -> None:
     result: dict[str, Any] = {
         "host": host_name(), "date": today(), "teacher": TEACHER, "student": STUDENT,
         "unexplained": {
-            name: [unexplained(edgekd.Network.load(RUNS / f"{name}-{s}"), taught) for s in SEEDS]
+            name: {
+                path.name.rpartition("-")[2]: unexplained(edgekd.Network.load(path), taught)
+                for path in sorted(RUNS.glob(f"{name}-?"))
+            }
             for name in ("alone", "distilled", "hints")
         },
         "few": [],

@@ -268,6 +268,65 @@ def faults(record: dict[str, Any]) -> list[str]:
     return found
 
 
+def table(library: str) -> list[str]:
+    """Markdown: n of m, then a line for each network."""
+    found = [json.loads(path.read_text()) for path in sorted((KEPT / library).glob("*.json"))]
+    small = [n for n in names(library) if parameters(library, n) <= LARGEST]
+    lines = [f"## {library}", ""]
+    for scheme in SCHEMES:
+        run = [r for r in found if r["scheme"] == scheme and r["params"] <= LARGEST]
+        passed = sum(not faults(record) for record in run)
+        share = f", {passed / len(run):.1%} of those" if run else ""
+        lines.append(f"- `{scheme}`: {len(run)} of {len(small)} run, {passed} passed{share}.")
+    large = sorted(set(names(library)) - set(small))
+    captured = {r["model"] for r in found if r["stage"] == "captured"}
+    if large:
+        lines.append(
+            f"- Too large for this machine (over {LARGEST / 1e6:g} M parameters), capture only: "
+            f"{len(captured)} of {len(large)} captured."
+        )
+    lines += [
+        "",
+        "| network | parameters | px | scheme | integers | exact locally, as written (as shipped) "
+        "| end to end, steps | OpenVINO: steps, integers | in float | result |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for record in sorted(found, key=lambda r: (r["params"], r["model"], r["scheme"])):
+        parity = record.get("parity") or {}
+        local = parity.get("local") or {}
+        exact = [
+            f"{p['exact']:.4%}" for p in (local.get("as_written"), local.get("as_shipped")) if p
+        ]
+        vino = record.get("openvino")
+        steps = record.get("plain_mean_steps")
+        cells = [
+            record["model"], f"{record['params'] / 1e6:.1f} M", str(record.get("size", "")),
+            record["scheme"],
+            f"{record['intended'] * parity['integer_share']:.0f} of {record['intended']}"
+            if parity else "",
+            exact[0] + (f" ({exact[1]})" if len(exact) > 1 else "") if exact else "",
+            "" if steps is None else f"{steps:.3f}",
+            f"{vino['mean_steps']:.3f}, {vino['integer_share']:.0%}" if vino else "",
+            record.get("in_float", ""),
+            "captured only" if record["stage"] == "captured"
+            else "; ".join(faults(record)) or "passed",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |")
+    return lines
+
+
+def write_tables() -> None:
+    """docs/zoo.md."""
+    lines = [
+        "# The zoo", "",
+        "Made by `tools/zoo.py`, whose header says what is done and what the gate is. One file a "
+        "network and scheme is in `docs/bench/zoo/`, with host and date.", "",
+    ]  # fmt: skip
+    for library in ("torchvision", "timm"):
+        lines += [*table(library), ""]
+    write_atomically(ROOT / "docs" / "zoo.md", "\n".join(lines))
+
+
 def main() -> None:
     """Run what is missing, two at a time; write the tables."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -302,6 +361,7 @@ def main() -> None:
 
         with ThreadPoolExecutor(options.processes) as pool:
             list(pool.map(job, jobs))
+    write_tables()
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ def learn(
     on: Fabric,
     label: str,
     run: RunDir | None,
+    freeze_scales: float = 1.0,
 ) -> None:
     """Train `student` in place; the keywords are those of `distill`.
 
@@ -71,7 +72,8 @@ def learn(
         )
         fit(
             student, terms=terms, data=data, keyed=keyed, epochs=epochs, batch_size=batch_size,
-            lr=lr, weight_decay=weight_decay, seed=seed, on=on, label=label, run=run,
+            lr=lr, weight_decay=weight_decay, freeze_scales=freeze_scales, seed=seed, on=on,
+            label=label, run=run,
         )  # fmt: skip
 
 

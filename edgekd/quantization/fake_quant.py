@@ -55,16 +55,21 @@ class _LearnedStep(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, y, scale = ctx.saved_tensors
         (dy,) = grads
+        learns = ctx.needs_input_grad[1]
         low, high = ctx.range[0] - 0.5, ctx.range[1] + 0.5
         if scale.dim():
             s = along(scale, x, ctx.axis)
             dx = torch.where((x >= low * s) & (x <= high * s), dy, 0.0)
+            if not learns:
+                return dx, None, None, None, None, None
             other = [d for d in range(x.dim()) if d != ctx.axis]
             ds = (dy * y - dx * x).sum(other) / scale
         else:
             value = float(scale)
             # the gradient of a clip, as one fused kernel
             dx = torch.ops.aten.hardtanh_backward(dy, x, low * value, high * value)
+            if not learns:
+                return dx, None, None, None, None, None
             ds = (_dot(dy, y) - _dot(dx, x)) / value
         return dx, ds * ctx.gradient_scale, None, None, None, None
 

@@ -46,6 +46,7 @@ def quantize(
     batch_size: int = 128,
     lr: float = 3e-3,
     weight_decay: float = 1e-4,
+    freeze_scales: float = 1.0,
     seed: int = 0,
     accelerator: str = "auto",
     run: RunDir | None = None,
@@ -66,6 +67,8 @@ def quantize(
         max_drop: the fewest further layers stay in float for which the metric drops by this or
             less, as a share of 1, before any training; see `mixed_precision`. With a `run`, the
             table of all layers is in its `sensitivity.json`.
+        freeze_scales: share of the training behind which scales stay as they are; 1: they learn
+            to its end.
         hints, hint_weight, cache: see `distill`; paths are those of the float network.
 
     Raises:
@@ -104,6 +107,7 @@ def quantize(
             student, original=net.module, task=task, data=data, teacher=teacher, alpha=alpha,
             hints=hints, hint_weight=hint_weight, cache=cache, epochs=epochs,
             batch_size=batch_size, lr=lr, weight_decay=weight_decay, seed=seed, on=on,
+            freeze_scales=freeze_scales,
             label="quantized training" if teacher is None else "quantized distilling", run=run,
         )  # fmt: skip
     settle(graph, integer_bias=target.scheme.bias == "int32")

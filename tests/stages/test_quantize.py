@@ -61,6 +61,18 @@ def test_training_moves_weights_and_scales(
     assert all((scale > 0).all() for scale in scales(net).values())
 
 
+def test_frozen_scales_stay_while_weights_move(trained: Network, batches: Batches, host: Target):
+    start = quantize(trained, target=host, data=batches, accelerator="cpu").state()
+    frozen = quantize(
+        trained, target=host, data=batches, task=Classification(), epochs=1, freeze_scales=0.0,
+        accelerator="cpu",
+    )  # fmt: skip
+    now = frozen.state()
+    assert all(torch.equal(now[n], start[n]) for n in now if n.startswith("quant."))
+    assert not torch.equal(now["stem.0.weight"], start["stem.0.weight"])
+    assert all(p.requires_grad for p in frozen.module.parameters())
+
+
 def test_a_network_of_a_quantized_one_is_refused(
     quantized: Network, batches: Batches, host: Target
 ):
