@@ -35,6 +35,7 @@ from edgekd.latency.measuring import Measurement, host_name
 from edgekd.models.build import build_module, load_weights, source_sha256, weights_sha256
 from edgekd.network import Network
 from edgekd.quantization.placement import describe, left_in_float
+from edgekd.quantization.sensitivity import Sensitivity
 from edgekd.recipe import PruneSection, Recipe, StudentSection
 from edgekd.reporting.progress import console
 from edgekd.reporting.report import (
@@ -462,10 +463,13 @@ class _Run:
 
     def _row(self, name: str, node: Node, note: str) -> StageRow:
         score = node.score
+        table = self.folder / node.key / "sensitivity.json"
         return StageRow(
             name=name, metric=score.value, metric_ci95=score.ci95, n=score.n,
             metric_by_class=score.by_class, params=node.net.params, macs=node.net.macs, note=note,
             history=tuple(RunDir(self.folder / node.key).history()),
+            sensitivity=Sensitivity.model_validate_json(table.read_text())
+            if table.is_file() else None,
         )  # fmt: skip
 
     def _teacher_note(self) -> str:
@@ -486,7 +490,9 @@ class _Run:
         note = f"distilled in integers for {epochs} epochs" if epochs else "post-training"
         assert isinstance(node.net.module, GraphModule)
         floating = left_in_float(node.net.module)
-        return note + (f"; {describe(floating)} in float" if floating else "")
+        kept = ", ".join(node.net.float_layers)
+        note += f"; {describe(floating)} in float" if floating else ""
+        return note + (f" (layers {kept})" if kept else "")
 
 
 def _choose(

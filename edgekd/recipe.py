@@ -111,6 +111,7 @@ class QuantizeSection(_Learning):
     calibration: Count = 512
     observer: Observer = "mse"
     float_layers: tuple[str, ...] = ()
+    max_drop: Share | None = None
     lr: Positive = 3e-3
     weight_decay: NotNegative = 1e-4
 

@@ -413,6 +413,21 @@ def test_targets_with_one_scheme_share_one_quantized_network(project, tmp_path, 
     assert [stage.name for stage in report.stages] == ["student", "quantized", "quantized 2"]
 
 
+def test_what_stays_in_float_is_in_the_report(project, out, first, calls):
+    recipe = load(project, "quantize.epochs=0", "quantize.max_drop=0.9", targets=(EMULATED,))
+    kept = recipe.quantize.model_copy(update={"float_layers": ("head",)})
+    report = pipeline.run(recipe.model_copy(update={"quantize": kept}), out=out)
+    row = report.stages[-1]
+    assert row.note == "post-training; 1 linear in float (layers head)"
+    table = row.sensitivity
+    assert table is not None
+    assert (table.metric_name, table.split, table.n) == ("top-1 accuracy", "test", 96)
+    assert len(table.layers) == 6  # the head was given
+    assert table.in_float == ()
+    assert Report.load(report.path) == report
+    assert first.stages[-1].sensitivity is None
+
+
 def test_fresh_does_everything_again_with_the_same_result(project, tmp_path, calls):
     recipe = load(project, *POST_TRAINING, targets=("board",))
     pipeline.run(recipe, out=tmp_path)

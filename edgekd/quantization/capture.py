@@ -222,10 +222,11 @@ def _scaled(weight: Tensor, factor: Tensor, axis: int, groups: int) -> Tensor:
     The weight of a transposed convolution is (C_in, C_out / groups, ...): each group of input
     channels has output channels of its own.
     """
-    by_group = weight.double().unflatten(0, (groups, -1)) if axis else weight.double()[None]
     ones = (1,) * (weight.dim() - 1 - axis)
-    shape = (groups, 1, -1, *ones) if axis else (1, -1, *ones)
-    return (by_group * factor.view(shape)).flatten(0, 1)
+    if not axis:
+        return weight.double() * factor.view(-1, *ones)
+    by_group = weight.double().reshape(groups, -1, *weight.shape[1:])
+    return (by_group * factor.view(groups, 1, -1, *ones)).reshape(weight.shape)
 
 
 def _drop_unused_tensors(graph_module: GraphModule) -> None:

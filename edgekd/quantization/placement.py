@@ -174,13 +174,10 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no type
     def _source(self, node: Node) -> Node:
         """The operator whose numbers `node` passes on, by itself or as a fused activation."""
         while node.op == "call_function":
-            before = arguments(node)[0] if node.args else None
-            if KINDS.get(node.target) == "pass" and _passes(node):
-                node = before
-            elif upper_bound(node) is not None and _fuses(before):
-                node = before
-            else:
+            moves = KINDS.get(node.target) == "pass" and _passes(node)
+            if not moves and (upper_bound(node) is None or not _fuses(arguments(node)[0])):
                 break
+            node = arguments(node)[0]
         return node
 
     # ---- how each is quantized ---------------------------------------------------------------

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from edgekd.files import write_atomically
 from edgekd.latency.measuring import Measurement
+from edgekd.quantization.sensitivity import Sensitivity
 from edgekd.runtimes.base import CompileCheck, TensorDifference
 from edgekd.runtimes.local_parity import LocalParity
 from edgekd.stages.verify import Gate
@@ -30,6 +31,7 @@ class StageRow(_Row):
     Attributes:
         metric_by_class: in the order of the data's classes; None where a class has no samples.
         history: of its training: epoch, step, and the mean of each term of the loss.
+        sensitivity: what each layer's integers cost, where `quantize` had a `max_drop`.
     """
 
     name: str
@@ -41,6 +43,7 @@ class StageRow(_Row):
     note: str = ""
     metric_by_class: tuple[float | None, ...] = ()
     history: tuple[dict[str, float], ...] = ()
+    sensitivity: Sensitivity | None = None
 
 
 class ControlRow(StageRow):
@@ -178,6 +181,9 @@ class Report(_Row):
     def print(self, console: Console) -> None:
         """The tables and the verdict, for people."""
         console.print(self._stage_table())
+        for stage in self.stages:
+            if stage.sensitivity is not None:
+                console.print(f"{stage.name}: {escape(stage.sensitivity.summary)}")
         if self.controls:
             console.print(self._control_table())
         console.print(self._artifact_table())

@@ -104,9 +104,9 @@ class CompileCheck(BaseModel):
     Attributes:
         tool, version: the compiler.
         capability: what it compiled for, in the device's place.
-        integer, total: convolutions and matrix products whose layer computes in Int8, and all;
-            of an INT8 artifact.
-        floating: names of the others.
+        integer, total: convolutions and matrix products whose layer computes in Int8, and all
+            that are meant to; of an INT8 artifact.
+        floating: names of those that do not; if too few have quantizers, of all in float.
         error: why it refused the file.
     """
 

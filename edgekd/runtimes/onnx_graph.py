@@ -255,6 +255,42 @@ def integer_bias(model: ir.Model) -> int:
     return count
 
 
+def keep_floats(model: ir.Model) -> int:
+    """Float layers between integers stay float in ONNX Runtime, which else makes int8 of them.
+
+    Its WeightBiasQuantization gives the float weight of a convolution or Gemm behind a
+    DequantizeLinear a scale of its own, one for the whole tensor, unless the DequantizeLinear has
+    a scale for each channel. So such a layer reads one that has: the same scale, repeated.
+    """
+    count = 0
+    for node in list(model.graph):
+        if node.op_type not in ("Conv", "ConvTranspose", "Gemm"):
+            continue
+        dq = producer(node.inputs[0], "DequantizeLinear")
+        shape = None if node.inputs[0] is None else node.inputs[0].shape
+        if dq is None or shape is None or constant(node.inputs[1]) is None:
+            continue
+        scale, zero = (None if v is None else constant(v) for v in dq.inputs[1:3])
+        channels = shape[1]
+        if scale is None or scale.ndim or zero is None or not isinstance(channels, int):
+            continue
+        name = f"{node.outputs[0].name}.input"
+        repeated = ir.node(
+            "DequantizeLinear",
+            [
+                dq.inputs[0],
+                new_constant(model.graph, f"{name}.scale", np.repeat(scale, channels)),
+                new_constant(model.graph, f"{name}.zero", np.repeat(zero, channels)),
+            ],
+            {"axis": 1},
+        )
+        model.graph.insert_before(node, repeated)
+        node.replace_input_with(0, repeated.outputs[0])
+        count += 1
+    _drop_unused(model)
+    return count
+
+
 def _drop_unused(model: ir.Model) -> None:
     """Nodes and initializers that nothing reads any more."""
     from onnx_ir.passes.common import RemoveUnusedNodesPass
@@ -274,12 +310,17 @@ def _drop_traces(model: ir.Model) -> None:
 
 
 def integer_matrix_ops(model: onnx.ModelProto) -> tuple[int, int]:
-    """(matrix operators whose input and weight come out of DequantizeLinear, all of them)."""
-    made_by = {name: node.op_type for node in model.graph.node for name in node.output}
+    """(how many of `quantized_matrix_ops`, and of all matrix operators)."""
     matrix = [node for node in model.graph.node if node.op_type in MATRIX_OPS]
-    integer = [
-        node
-        for node in matrix
-        if all(made_by.get(name) == "DequantizeLinear" for name in node.input[:2])
+    return len(quantized_matrix_ops(model)), len(matrix)
+
+
+def quantized_matrix_ops(model: onnx.ModelProto) -> list[str]:
+    """Names of the matrix operators whose input and weight come out of DequantizeLinear."""
+    made_by = {name: node.op_type for node in model.graph.node for name in node.output}
+    return [
+        node.name
+        for node in model.graph.node
+        if node.op_type in MATRIX_OPS
+        and all(made_by.get(name) == "DequantizeLinear" for name in node.input[:2])
     ]
-    return len(integer), len(matrix)

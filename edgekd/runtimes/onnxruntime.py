@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from edgekd.errors import StateError
 from edgekd.network import Network
 from edgekd.runtimes.base import Arrays
-from edgekd.runtimes.onnx_graph import integer_matrix_ops, save_onnx, to_onnx
+from edgekd.runtimes.onnx_graph import integer_matrix_ops, keep_floats, save_onnx, to_onnx
 from edgekd.target import Target
 
 INTEGER_OPS = {
@@ -40,7 +40,9 @@ class OnnxRuntime:
 
     def export(self, net: Network, target: Target, path: Path) -> dict[str, str]:
         """Write one `.onnx` file."""
-        return save_onnx(to_onnx(net, target), path)
+        model = to_onnx(net, target)
+        keep_floats(model)
+        return save_onnx(model, path)
 
     def load(self, path: Path, *, threads: int, emulated: bool = False) -> OrtSession:
         """Open a model; `emulated` turns all graph optimizations off."""

@@ -28,7 +28,7 @@ from edgekd.errors import MissingPackageError, StateError, TargetError
 from edgekd.files import write_atomically
 from edgekd.network import Network
 from edgekd.runtimes.base import CompileCheck, Session, fingerprint
-from edgekd.runtimes.onnx_graph import MATRIX_OPS, save_onnx, to_onnx
+from edgekd.runtimes.onnx_graph import MATRIX_OPS, quantized_matrix_ops, save_onnx, to_onnx
 from edgekd.target import Precision, Target
 
 SCRIPT = """\
@@ -189,8 +189,13 @@ def _tensorrt_rtx() -> Any:
         raise MissingPackageError("tensorrt-rtx", "tensorrt") from None
 
 
-def compile_check(path: Path, target: Target, precision: Precision) -> CompileCheck:
+def compile_check(
+    path: Path, target: Target, precision: Precision, intended: int | None = None
+) -> CompileCheck:
     """Compile the file for what stands in for the device, and read the layers' types.
+
+    Args:
+        intended: how many matrix operators the placement has in integers; None: all.
 
     Raises:
         MissingPackageError: neither `tensorrt` with a GPU nor `tensorrt-rtx` is here.
@@ -244,10 +249,14 @@ def compile_check(path: Path, target: Target, precision: Precision) -> CompileCh
         layers = list(_layers_of_log(lines))
     if precision != "int8":
         return CompileCheck(**common)
-    matrix = [n.name for n in onnx.load(path).graph.node if n.op_type in MATRIX_OPS]
+    model = onnx.load(path)
+    matrix = [n.name for n in model.graph.node if n.op_type in MATRIX_OPS]
+    total = len(matrix) if intended is None else intended
+    if len(quantized := quantized_matrix_ops(model)) >= total:
+        matrix = quantized  # the others are meant to be in float; if too few, one of them is not
     floating = tuple(name for name in matrix if not _in_integers(name, layers))
     return CompileCheck(
-        **common, integer=len(matrix) - len(floating), total=len(matrix), floating=floating
+        **common, integer=len(matrix) - len(floating), total=total, floating=floating
     )
 
 

@@ -6,9 +6,11 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from torch import Tensor
+from torch.fx import GraphModule
 
 from edgekd.data.base import BatchSource, Data, evaluation_batches
 from edgekd.errors import ModelError, TargetError
+from edgekd.files import write_atomically
 from edgekd.knowledge.learning import learn
 from edgekd.knowledge.taps import Hints
 from edgekd.knowledge.teachers import TeacherLike
@@ -17,6 +19,7 @@ from edgekd.quantization.calibration import calibrate, settle
 from edgekd.quantization.capture import capture
 from edgekd.quantization.fake_quant import Observer
 from edgekd.quantization.placement import describe, left_in_float, place, quantizers
+from edgekd.quantization.sensitivity import mixed_precision
 from edgekd.reporting.progress import console
 from edgekd.rundir import RunDir
 from edgekd.target import Target
@@ -35,6 +38,7 @@ def quantize(
     calibration: int = 512,
     observer: Observer = "mse",
     float_layers: Collection[str] = (),
+    max_drop: float | None = None,
     alpha: float = 0.9,
     hints: Hints = (),
     hint_weight: float = 1.0,
@@ -59,11 +63,15 @@ def quantize(
         calibration: samples to set the first scales from.
         observer: "minmax" or "mse", see `calibrate`.
         float_layers: layers that stay in float, by their module's path.
+        max_drop: the fewest further layers stay in float for which the metric drops by this or
+            less, as a share of 1, before any training; see `mixed_precision`. With a `run`, the
+            table of all layers is in its `sensitivity.json`.
         hints, hint_weight, cache: see `distill`; paths are those of the float network.
 
     Raises:
         TargetError: the target has no integers.
-        ModelError: `net` is quantized already, cannot be captured, or has nothing to quantize.
+        ModelError: `net` is quantized already, cannot be captured, or has nothing to quantize; or
+            `max_drop` cannot be reached.
     """
     target = Target.load(target)
     if target.scheme is None:
@@ -72,19 +80,25 @@ def quantize(
         )
     if net.scheme is not None:
         raise ModelError("this network is quantized already; quantize takes the float one")
-    graph = place(capture(net.module, net.io.example(2)), target.scheme, float_layers)
-    if not quantizers(graph):
-        raise ModelError(
-            f"{net!r} has no operator that {target.name} runs in integers "
-            f"({', '.join(target.scheme.ops)})"
-        )
+    on = fabric(accelerator)
+    inputs = [x.to(on.device) for x in _calibration_inputs(data, calibration)]
+    student = _calibrated(net, target, float_layers, inputs, observer)
+    if max_drop is not None:
+        table = mixed_precision(
+            net, student, max_drop=max_drop, data=data, task=task, inputs=inputs,
+            observer=observer, on=on,
+        )  # fmt: skip
+        console.print(f"quantize: {table.summary}")
+        if run is not None:
+            run.path.mkdir(parents=True, exist_ok=True)
+            write_atomically(run.path / "sensitivity.json", table.model_dump_json(indent=1))
+        if table.in_float:
+            float_layers = (*float_layers, *table.in_float)
+            student = _calibrated(net, target, float_layers, inputs, observer)
+    graph = student.module
+    assert isinstance(graph, GraphModule)
     if floating := left_in_float(graph):
         console.print(f"quantize: in float stay {describe(floating)}")
-    on = fabric(accelerator)
-    graph.to(on.device)
-    inputs = [x.to(on.device) for x in _calibration_inputs(data, calibration)]
-    calibrate(graph, inputs, observer)
-    student = net.quantized(graph.to("cpu"), target.scheme, float_layers)
     if epochs:
         learn(
             student, original=net.module, task=task, data=data, teacher=teacher, alpha=alpha,
@@ -94,6 +108,27 @@ def quantize(
         )  # fmt: skip
     settle(graph, integer_bias=target.scheme.bias == "int32")
     return student
+
+
+def _calibrated(
+    net: Network,
+    target: Target,
+    float_layers: Collection[str],
+    inputs: Sequence[Tensor],
+    observer: Observer,
+) -> Network:
+    """`net` in the integers of `target`'s scheme, its scales from `inputs`."""
+    assert target.scheme is not None
+    graph = place(capture(net.module, net.io.example(2)), target.scheme, float_layers)
+    if not quantizers(graph):
+        raise ModelError(
+            f"{net!r} has no operator that {target.name} runs in integers "
+            f"({', '.join(target.scheme.ops)})"
+        )
+    if inputs:
+        graph.to(inputs[0].device)
+    calibrate(graph, inputs, observer)
+    return net.quantized(graph.to("cpu"), target.scheme, float_layers)
 
 
 def _calibration_inputs(data: BatchSource, count: int) -> list[Tensor]:

@@ -15,7 +15,11 @@ from edgekd.data.base import BatchSource, evaluation_batches
 from edgekd.errors import DataError, MissingPackageError
 from edgekd.network import Network
 from edgekd.quantization.fake_quant import FakeQuant
-from edgekd.quantization.placement import quantized_activations, quantizers
+from edgekd.quantization.placement import (
+    intended_matrix_ops,
+    quantized_activations,
+    quantizers,
+)
 from edgekd.reporting.progress import Progress
 from edgekd.runtimes.base import (
     Arrays,
@@ -48,7 +52,8 @@ class Parity(BaseModel):
             output's quantizer, or amax / 127 where the output is float. INT8 only.
         relative_error: largest difference of outputs over their largest magnitude. FP32 only.
         metric: of the artifact itself; reference_metric: of the Network.
-        integer_share: matrix operators in integers over all of them. INT8 only.
+        integer_share: matrix operators in integers over those that the placement has in integers.
+            INT8 only.
         gate: "passed" only if every check that was asked for ran and held.
         compiled: what a compiler for the target's kind of device makes of the file, where its
             kernels are not here; None where nothing can.
@@ -101,7 +106,8 @@ def verify(
         metric_gap: largest difference of the metric, as a share of 1.
         mean_steps: largest mean difference of an INT8 artifact's outputs, in steps; sound ones
             are below 0.2, and classes far apart hide much more from the agreement.
-        integer_share: least share of integer matrix operators, for an INT8 artifact.
+        integer_share: least share of integer matrix operators, for an INT8 artifact; layers that
+            were left in float do not count.
         local_exact: least share of elements that each quantized operator gives exactly, of the
             runtime's own inputs; none may be off by more than 1 step. See `local_parity`.
     """
@@ -121,6 +127,7 @@ def verify(
     figures: dict[str, Any] = {"n": len(ours[0])}
     failed: list[str] = []
     unchecked: list[str] = []
+    intended: int | None = None
     if not all(np.isfinite(t).all() for t in theirs):
         failed.append("the artifact's outputs are not finite")
     compare = _agreement(task, theirs, ours)
@@ -150,10 +157,17 @@ def verify(
             failed.append(
                 f"outputs differ by {mean:.3g} steps in the mean; {mean_steps:g} is allowed"
             )
-        integer, total = session.integer_share()
-        figures["integer_share"] = share = integer / max(1, total)
+        assert isinstance(net.module, GraphModule)
+        intended = intended_matrix_ops(net.module)
+        integer, _ = session.integer_share()
+        figures["integer_share"] = share = integer / intended if intended else 1.0
         if share < integer_share:
-            failed.append(f"{integer} of {total} matrix operators run in integers")
+            failed.append(f"{integer} of {intended} matrix operators run in integers")
+        elif integer > intended:
+            failed.append(
+                f"{integer} matrix operators run in integers; only {intended} are meant to: the "
+                "runtime quantizes the others by itself"
+            )
         if runtime.name == "onnxruntime":
             figures["local"] = local = local_parity(
                 artifact.path, net, first[:LOCAL_SAMPLES], shipped=not emulated
@@ -167,7 +181,7 @@ def verify(
     if target.compile_check is not None:
         try:
             figures["compiled"] = compiled = compile_check(
-                artifact.path, target, artifact.precision
+                artifact.path, target, artifact.precision, intended
             )
             failed += _compile_failures(compiled, artifact.precision)
         except MissingPackageError as error:
@@ -201,11 +215,11 @@ def _compile_failures(compiled: CompileCheck, precision: Precision) -> list[str]
     what = f"{compiled.tool} {compiled.version} for {compiled.capability}"
     if compiled.error is not None:
         return [f"{what} refuses the file: {compiled.error}"]
-    if precision == "int8" and compiled.floating:
+    if precision == "int8" and compiled.integer < compiled.total:
         named = ", ".join(compiled.floating[:5])
         return [
-            f"{what} computes {len(compiled.floating)} of {compiled.total} matrix operators in "
-            f"float: {named}"
+            f"{what} computes {compiled.total - compiled.integer} of {compiled.total} matrix "
+            f"operators in float: {named}"
         ]
     return []
 

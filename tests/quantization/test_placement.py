@@ -372,7 +372,7 @@ def test_layers_stay_in_float_on_request(scheme: QuantScheme):
 
 
 def test_a_layer_that_is_to_stay_in_float_must_be_there(scheme: QuantScheme):
-    with pytest.raises(ModelError, match="no layer 'wid'.*'wide'"):
+    with pytest.raises(ModelError, match=r"no layer 'wid'.*'wide'"):
         place(graph_of(CASES["concat"].function, (4, 8, 8)), scheme, ["wid"])
 
 

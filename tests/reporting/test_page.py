@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import base64
+import io
 import re
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 
 import pytest
+from rich.console import Console
 
 from edgekd.latency.measuring import Measurement
+from edgekd.quantization.sensitivity import LayerEffect, Sensitivity
 from edgekd.reporting.page import page
 from edgekd.reporting.report import (
     ArtifactRow,
@@ -181,6 +184,44 @@ def test_the_same_report_gives_the_same_bytes():
     assert page(report()) == page(report())
 
 
+def mixed(layer: str, **changes: object) -> StageRow:
+    rows = (
+        LayerEffect(layer=layer, sqnr_gain_db=17.25, metric_gain=0.031, price=3000, in_float=True),
+        LayerEffect(layer="head", sqnr_gain_db=-0.5, metric_gain=0.0, price=1000),
+    )
+    values = {
+        "metric_name": "top-1 accuracy", "split": "val", "n": 1024, "n_layers": 256,
+        "sqnr_db": 9.5, "integer_drop": 0.04, "drop": 0.002, "max_drop": 0.005,
+        "price_unit": "MACs", "layers": rows,
+    }  # fmt: skip
+    table = Sensitivity.model_validate(values | changes)
+    return StageRow(**stage("quantized", 0.9, sensitivity=table))
+
+
+def test_the_table_of_layers_says_what_stays_in_float():
+    text = Page(page(report(stages=(mixed("stem.0"),)))).text
+    part = text.partition("Mixed precision: quantized")[2].partition("By class")[0]
+    assert "In float stay stem.0 (1 of 2 layers, 75.0% of their MACs)" in part
+    assert "drops by 0.20 points, not by 4.00, on 1,024 samples of val (allowed: 0.5)." in part
+    assert "stem.0 +17.25 +3.10 3,000 yes head -0.50 +0.00 1,000" in part
+    assert "9.5 dB" in part and "on 256 samples" in part
+    assert "MACs, not time: the target has no latency table" in part
+    timed = Page(page(report(stages=(mixed("stem.0", price_unit="ms"),)))).text
+    assert "price, ms" in timed and "3000.000" in timed and "MACs, not time" not in timed
+
+
+def test_the_terminal_says_what_stays_in_float():
+    written = io.StringIO()
+    report(stages=(mixed("stem.0"),)).print(Console(file=written, width=300))
+    assert "quantized: in float stay stem.0 (1 of 2 layers" in written.getvalue()
+
+
+def test_a_table_of_layers_is_read_again():
+    given = report(stages=(mixed(HOSTILE),))
+    assert Report.model_validate_json(given.model_dump_json()) == given
+    assert HOSTILE in Page(page(given)).text
+
+
 def test_without_what_is_optional_it_says_less():
     bare = report(
         controls=(), artifacts=(artifact(),), passed=True,
@@ -188,7 +229,13 @@ def test_without_what_is_optional_it_says_less():
         stages=(StageRow(**stage("student", 0.9)),),
     )  # fmt: skip
     text = Page(page(bare)).text
-    for part in ("What each stage is worth", "By class", "Training curves", "NOT"):
+    for part in (
+        "What each stage is worth",
+        "By class",
+        "Training curves",
+        "NOT",
+        "Mixed precision",
+    ):
         assert part not in text
     assert "No target of this run is this host" in text
     assert "latency not measured: this host is not that device" in text

@@ -20,6 +20,7 @@ from edgekd.runtimes.base import Artifact
 from edgekd.runtimes.onnx_graph import (
     integer_bias,
     integer_matrix_ops,
+    keep_floats,
     pad_in_convolution,
     pool_globally,
     to_onnx,
@@ -347,3 +348,51 @@ def test_another_opset_than_asked_for_is_an_error_not_a_note(trained: Network, h
         assert re.search(r"host-onnxruntime takes opset 17; .* gave 1[89]", str(error))
     else:
         assert given == 17
+
+
+@pytest.mark.parametrize(
+    ("op", "weight", "shape", "relu"),
+    [
+        ("Conv", (8, 3, 3, 3), X, False),
+        ("Conv", (6, 1, 3, 3), (2, 6, 8, 8), True),
+        ("ConvTranspose", (3, 5, 2, 2), X, False),
+        ("Gemm", (6, 4), (5, 6), True),
+    ],
+)
+def test_float_layers_between_integers_stay_float(
+    op: str, weight: tuple[int, ...], shape: tuple[int, ...], relu: bool
+):
+    attributes = {"group": 6} if weight[:2] == (6, 1) else {}
+    w = RNG.normal(size=weight).astype(np.float32)
+    w.flat[0] = 900  # with one scale for the tensor, all other weights would be 0
+    middle = helper.make_node(op, ["dq", "w"], ["m"], **attributes)
+    ends = [helper.make_node("Relu", ["m"], ["r"])] if relu else []
+    model = model_of(
+        [
+            helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
+            helper.make_node("DequantizeLinear", ["q", "s", "z"], ["dq"]),
+            middle,
+            *ends,
+            helper.make_node("QuantizeLinear", ["r" if relu else "m", "s", "z"], ["mq"]),
+            helper.make_node("DequantizeLinear", ["mq", "s", "z"], ["y"]),
+        ],
+        {
+            "s": np.float32(0.05),
+            "z": np.uint8(128),
+            "w": w,
+        },
+        shape,
+    )
+    rewritten = ir.from_proto(model)
+    assert keep_floats(rewritten) == 1
+    kept = ir.to_proto(rewritten)
+    x = RNG.normal(size=shape).astype(np.float32)
+    assert np.array_equal(run(kept, x), run(model, x))
+    options = ort.SessionOptions()
+    shipped = ort.InferenceSession(
+        kept.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    (y,) = shipped.run(None, {"x": x})
+    flips = np.abs(y - run(model, x)) / 0.05
+    assert flips.max() < 1.5 and (flips > 0.5).mean() < 0.02
+    assert keep_floats(ir.from_proto(kept)) == 0

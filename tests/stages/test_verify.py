@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from edgekd.errors import DataError
 from edgekd.network import Network
+from edgekd.runtimes import onnxruntime
 from edgekd.runtimes.base import Artifact
 from edgekd.stages import verify as stage
 from edgekd.stages.export import export
+from edgekd.stages.quantize import quantize
 from edgekd.stages.verify import Parity, verify
 from edgekd.target import Target
 from edgekd.tasks.classification import Classification
@@ -162,6 +164,51 @@ def test_float_layers_in_an_integer_artifact_fail(
     assert parity.reasons == ("6 of 7 matrix operators run in integers",)
     assert parity.integer_share == pytest.approx(6 / 7)
     assert verify(broken, quantized, data=batches, integer_share=0.8).gate == "passed"
+
+
+@pytest.mark.parametrize("name", ["host-onnxruntime", "intel-cpu", "jetson-orin-nano"])
+def test_layers_left_in_float_are_not_missed_but_a_missing_quantizer_is(
+    trained: Network, batches: Batches, name: str, tmp_path: Path
+):
+    """ONNX Runtime would otherwise give the float weights integers of its own."""
+    package = {"intel-cpu": "openvino", "jetson-orin-nano": "tensorrt_rtx"}.get(name)
+    if package:
+        pytest.importorskip(package)
+    layers = ("stages.0.0.conv1", "stages.1.0.conv2", "head")  # a ReLU, an Add, nothing behind it
+    net = quantize(trained, target=name, data=batches, float_layers=layers, accelerator="cpu")
+    artifact = export(net, target=name, out=tmp_path / "sound")
+    parity = verify(artifact, net, data=batches, task=Classification(), mean_steps=0.2)
+    assert (parity.gate, parity.reasons, parity.integer_share) == ("passed", (), 1.0)
+    if parity.compiled is not None:
+        assert (parity.compiled.integer, parity.compiled.total) == (4, 4)
+    if name == "intel-cpu":
+        return
+
+    def change(model: onnx.ModelProto) -> None:
+        """The first integer convolution reads what its input's quantizer would have read."""
+        made_by = {name: n for n in model.graph.node for name in n.output}
+        stem = next(n for n in model.graph.node if n.op_type == "Conv")
+        stem.input[0] = made_by[made_by[stem.input[0]].input[0]].input[0]
+
+    broken = verify(tampered(artifact, tmp_path, change), net, data=batches)
+    assert broken.gate == "failed"
+    assert broken.integer_share == pytest.approx(3 / 4)
+    assert broken.reasons[0] == "3 of 4 matrix operators run in integers"
+    if broken.compiled is not None:
+        assert (broken.compiled.integer, broken.compiled.total) == (3, 4)
+        assert any("computes 1 of 4 matrix operators in float" in r for r in broken.reasons)
+
+
+def test_a_float_layer_that_the_runtime_quantizes_by_itself_fails(
+    trained: Network, host: Target, batches: Batches, tmp_path: Path, monkeypatch
+):
+    monkeypatch.setattr(onnxruntime, "keep_floats", lambda model: 0)
+    layers = ("stages.1.0.conv2",)
+    net = quantize(trained, target=host, data=batches, float_layers=layers, accelerator="cpu")
+    parity = verify(export(net, target=host, out=tmp_path), net, data=batches, mean_steps=99)
+    assert parity.gate == "failed"
+    assert any("7 matrix operators run in integers; only 6 are meant to" in r
+               for r in parity.reasons)  # fmt: skip
 
 
 def test_outputs_that_are_not_finite_fail(
