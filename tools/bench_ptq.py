@@ -1,14 +1,14 @@
 """Our integers beside the peers': agreement with FP32, and latency on the same runtime.
 
-    pip install nncf                                             # in an environment of the bench's own
-    python tools/bench_ptq.py --photos photos.zip --agreement    # about 25 minutes on one core
-    python tools/bench_ptq.py --latency                          # then, on a quiet machine
+    pip install nncf                               # in an environment of the bench's own
+    python tools/bench_ptq.py --photos photos.zip --agreement      # about 25 minutes on one core
+    python tools/bench_ptq.py --latency                            # then, on a quiet machine
 
 Agreement: EfficientNet-Lite0 with its real weights; photos are split once, by photo: 200 to learn
 from (the first 100 calibrate, for every arm), the others to count top-1 answers that differ from
 FP32's. Our arms are post-training, its options, and label-free distillation (`quantize` with the
-float network as the teacher and no task). Peers: ONNX Runtime's static quantization (U8S8, Q/DQ, per
-channel, min-max) and NNCF's, on OpenVINO.
+float network as the teacher and no task). Peers: ONNX Runtime's static quantization (U8S8, Q/DQ,
+per channel, min-max) and NNCF's, on OpenVINO.
 
 Latency: ResNet-18, MobileNetV2 (random weights, BatchNorm calibrated) and EfficientNet-Lite0, batch
 1, one thread, files of all arms in turns; the figure is our p50 over that of the fastest peer.

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
@@ -45,14 +42,3 @@ def convert(
     done = convert_pt2e(converted, fold_quantize=fold_weights)
     assert isinstance(done, GraphModule)
     return done
-
-
-def bias_steps(
-    bias: NDArray[np.float32], x_scale: NDArray[np.float32], w_scale: NDArray[np.float32]
-) -> tuple[NDArray[Any], NDArray[Any]]:
-    """(steps, scale) of a bias of (C,) at the scale s_x · s_w of the products it is added to.
-
-    In float32, as runtimes compute that scale; whole steps, not yet int32.
-    """
-    scale = (x_scale * w_scale).astype(np.float32)
-    return np.rint(bias / scale), scale

@@ -92,11 +92,10 @@ class FakeQuant(FakeQuantizeBase):  # type: ignore[misc]  # torchao ships no typ
 
     Args:
         dtype: `torch.int8` or `torch.uint8`, the integer type of the exported file.
-        bits: the integers are used as if they had this many bits (7 of 8 keeps `vpmaddubsw`
-            from saturating); the exported type stays `dtype`.
-        symmetric: zero point 0 and range ±(2^(bits-1) − 1) from amax.
-        full_range: symmetric integers go on to −2^(bits-1), where QuantizeLinear saturates:
-            activations do, weights do not.
+        bits: symmetric integers are within ±(2^(bits-1) − 1), as weights are (7 of 8 keeps
+            `vpmaddubsw` from saturating); the exported type stays `dtype`. None: they are all that
+            `dtype` has, where the exported quantize operator saturates.
+        symmetric: zero point 0, and the scale from amax.
         channels: number of channels on `ch_axis`, or None for one scale for the tensor; several
             scales are symmetric.
         max_value: largest real value the range may reach (6 behind a ReLU6, so that the clip
@@ -107,9 +106,8 @@ class FakeQuant(FakeQuantizeBase):  # type: ignore[misc]  # torchao ships no typ
         self,
         *,
         dtype: torch.dtype,
-        bits: int = 8,
+        bits: int | None = None,
         symmetric: bool,
-        full_range: bool = False,
         channels: int | None = None,
         ch_axis: int = 0,
         max_value: float | None = None,
@@ -121,9 +119,9 @@ class FakeQuant(FakeQuantizeBase):  # type: ignore[misc]  # torchao ships no typ
         self.dtype = dtype
         self.symmetric = symmetric
         self.quant_min, self.quant_max = info.min, info.max
-        amax = 2 ** (bits - 1) - 1
-        self.low: int = -amax - full_range if symmetric else info.min
-        self.high: int = amax if symmetric else info.max
+        amax = 2 ** (bits - 1) - 1 if symmetric and bits is not None else None
+        self.low: int = info.min if amax is None else -amax
+        self.high: int = info.max if amax is None else amax
         self.ch_axis = ch_axis
         self.qscheme = torch.per_tensor_affine if channels is None else torch.per_channel_symmetric
         self.max_value = max_value

@@ -251,7 +251,6 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no type
                 observer_or_fake_quant_ctr=FakeQuant.with_args(
                     dtype=dtype,
                     symmetric=self.scheme.activation_symmetric,
-                    full_range=True,
                     max_value=None if bound is None or bound == float("inf") else bound,
                 ),
             )

@@ -3,7 +3,8 @@
 End to end, one value that rounds to the other side moves everything behind it. Here the trained
 graph is computed tensor by tensor in float64, and each operator reads the integers that the runtime
 computed, not our own: what differs is that operator's doing. Sums of products of two 8-bit integers
-are exact in float64, so the reference is the integer arithmetic itself.
+are exact in float64, and biases are whole steps of the products where the device holds them in
+int32 (`round_biases`), so the reference is the integer arithmetic itself.
 
 The runtime's integers are read behind their dequantizers: the zero points of signed and unsigned
 files are gone there, and a wrong scale shows. To show them leaves the fused kernels as they are
@@ -25,8 +26,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_aggregate, map_arg
 
 from edgekd.network import Network
-from edgekd.quantization.capture import WEIGHTED, arguments
-from edgekd.quantization.convert import bias_steps
+from edgekd.quantization.capture import arguments
 from edgekd.quantization.fake_quant import FakeQuant, along
 from edgekd.quantization.placement import quantized_activations
 from edgekd.runtimes.base import TensorDifference
@@ -160,7 +160,7 @@ def _compare(
 ) -> LocalPass:
     """The reference on `x` beside the runtime's activations, by name, and its outputs."""
     assert isinstance(net.module, GraphModule) and net.scheme is not None
-    reference = _Reference(net.module, theirs, int32_bias=net.scheme.bias == "int32")
+    reference = _Reference(net.module, theirs)
     with torch.no_grad():
         reference.run(x.double())
     for end, output in zip(reference.ends, outputs, strict=True):
@@ -190,11 +190,9 @@ class _Reference(Interpreter):
         ends: node and value of each output.
     """
 
-    def __init__(
-        self, graph: GraphModule, theirs: Mapping[str, NDArray[np.float32]], *, int32_bias: bool
-    ) -> None:
+    def __init__(self, graph: GraphModule, theirs: Mapping[str, NDArray[np.float32]]) -> None:
         super().__init__(graph)
-        self.theirs, self.int32_bias = theirs, int32_bias
+        self.theirs = theirs
         self.found: list[tuple[Node, TensorDifference]] = []
         self.absent = 0
         self.ends: list[tuple[Node, Tensor]] = []
@@ -203,13 +201,7 @@ class _Reference(Interpreter):
     def run_node(self, n: Node) -> Any:
         if n.op == "output":
             map_arg(n.args, lambda end: self.ends.append((end, self.env[end])))
-        if n.op == "call_module":
-            value: Any = self._quantized(n)
-        elif self.int32_bias and (bias := self._bias(n)) is not None:
-            args, kwargs = self.fetch_args_kwargs_from_env(n)
-            value = self.call_function(n.target, (*args[:2], bias, *args[3:]), kwargs)
-        else:
-            value = super().run_node(n)
+        value: Any = self._quantized(n) if n.op == "call_module" else super().run_node(n)
         if isinstance(value, Tensor):
             self._shapes[n] = tuple(value.shape)
         return value
@@ -261,25 +253,6 @@ class _Reference(Interpreter):
             step = own.abs().max().clamp(min=1e-30) / 127
             steps = ((own - torch.from_numpy(theirs).double()).abs() / step).round()
             self.found.append((node, TensorDifference.of(node.name, steps.numpy())))
-
-    def _bias(self, node: Node) -> Tensor | None:
-        """The bias of an integer layer as its int32 stands for it; None where it stays float.
-
-        Those layers, that is, that export as Conv or Gemm, see `onnx_graph.integer_bias`.
-        """
-        if WEIGHTED.get(node.target) != 0 or len(node.args) < 3:  # type: ignore[call-overload]
-            return None
-        x, weight, bias = arguments(node)[:3]
-        if bias is None or bias.op != "get_attr" or {x.op, weight.op} != {"call_module"}:
-            return None
-        if node.target is torch.ops.aten.linear.default and self.env[x].dim() != 2:
-            return None
-        steps, scale = bias_steps(
-            self.env[bias].float().numpy(),
-            self._quantizer(x).scale.detach().numpy(),
-            self._quantizer(weight).scale.detach().numpy(),
-        )
-        return torch.from_numpy(steps.astype(np.float64) * scale)
 
     def describe(self, last: Node, difference: TensorDifference) -> str:
         """The operators that computed `last` from quantized tensors, and what they read."""

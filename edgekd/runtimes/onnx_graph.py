@@ -20,7 +20,6 @@ from torch.fx import GraphModule
 from edgekd import __version__
 from edgekd.errors import ModelError, TargetError
 from edgekd.network import Network
-from edgekd.quantization.convert import bias_steps
 from edgekd.quantization.placement import quantized_activations
 from edgekd.runtimes.onnx_values import constant, new_constant, producer
 from edgekd.runtimes.opset import EXPORTED, lower
@@ -232,7 +231,8 @@ def integer_bias(model: ir.Model) -> int:
             continue
         x_scale, w_scale = constant(x.inputs[1]), constant(w.inputs[1])
         assert x_scale is not None and w_scale is not None
-        steps, scale = bias_steps(bias, x_scale, w_scale)
+        scale = (x_scale * w_scale).astype(np.float32)
+        steps = np.rint(bias / scale)
         if np.abs(steps).max(initial=0) >= 2**31:
             channel = int(np.abs(steps).argmax())
             raise ModelError(

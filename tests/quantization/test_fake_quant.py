@@ -89,17 +89,6 @@ def in_onnxruntime(
 # ---- forward -------------------------------------------------------------------------------------
 
 
-def test_symmetric_activations_saturate_where_quantizelinear_does():
-    made = FakeQuant(dtype=torch.int8, symmetric=True, full_range=True)
-    with torch.no_grad():
-        made.scale.fill_(0.1)
-    x = torch.linspace(-14, 14, 281)
-    y = made(x).detach().numpy()
-    scale, zero = np.array(0.1, np.float32), np.array(0, np.int8)
-    assert np.array_equal(y, in_onnxruntime(x.numpy(), scale, zero, 0))
-    assert y.min() == pytest.approx(-12.8)
-
-
 @kinds
 @pytest.mark.parametrize("zero", [0, 37])
 def test_forward_is_numpys_quantize_dequantize(kind: Kind, zero: int):

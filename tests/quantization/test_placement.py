@@ -408,7 +408,7 @@ def test_of_a_residual_add_the_skip_alone(
         ({"activation_dtype": "int8"}, (torch.int8, -128, 127), (torch.int8, -63, 63, 4)),
         (
             {"activation_dtype": "int8", "activation_symmetric": True, "weight_bits": 8},
-            (torch.int8, -127, 127), (torch.int8, -127, 127, 4),
+            (torch.int8, -128, 127), (torch.int8, -127, 127, 4),
         ),
         ({"weight_granularity": "tensor"}, (torch.uint8, 0, 255), (torch.int8, -63, 63, 1)),
     ],
