@@ -112,7 +112,7 @@ class QuantizeSection(_Learning):
     observer: Observer = "mse"
     float_layers: tuple[str, ...] = ()
     max_drop: Share | None = None
-    lr: Positive = 3e-3
+    lr: Positive = 1e-3
     weight_decay: NotNegative = 1e-4
     freeze_scales: Share = 1.0
 

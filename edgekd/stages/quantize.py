@@ -44,7 +44,7 @@ def quantize(
     hint_weight: float = 1.0,
     cache: Path | None = None,
     batch_size: int = 128,
-    lr: float = 3e-3,
+    lr: float = 1e-3,
     weight_decay: float = 1e-4,
     freeze_scales: float = 1.0,
     seed: int = 0,

@@ -1,0 +1,48 @@
+"""A slice of the zoo, and that a fault is one."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PATH = Path(__file__).parents[2] / "tools" / "zoo.py"
+spec = importlib.util.spec_from_file_location("zoo", PATH)
+assert spec is not None and spec.loader is not None
+zoo = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(zoo)
+
+SLICE = (
+    ("torchvision", "squeezenet1_1", "host-onnxruntime"),
+    ("torchvision", "resnet18", "jetson-orin-nano"),
+    ("torchvision", "mobilenet_v3_small", "host-onnxruntime"),
+    ("torchvision", "shufflenet_v2_x0_5", "host-onnxruntime"),
+    ("timm", "mobilevit_xxs", "host-onnxruntime"),
+    ("timm", "lcnet_050", "jetson-orin-nano"),
+)
+
+
+@pytest.fixture(scope="module", params=SLICE, ids="-".join)
+def record(request: pytest.FixtureRequest) -> dict[str, Any]:
+    library, name, scheme = request.param
+    found = {"scheme": scheme, "params": zoo.parameters(library, name)}
+    zoo.one(library, name, scheme, found)
+    return found
+
+
+def test_a_network_of_the_zoo_passes(record: dict[str, Any]):
+    assert record["stage"] == "done"
+    assert zoo.faults(record) == []
+    assert record["intended"] > 10
+
+
+def test_faults_are_found(record: dict[str, Any]):
+    worse = copy.deepcopy(record)
+    worse["parity"]["integer_share"] = 0.9
+    worse["parity"]["local"]["as_written"] |= {"exact": 0.99, "first": "relu"}
+    worse["plain_mean_steps"] = float("nan")
+    assert len(zoo.faults(worse)) == 3
+    assert zoo.faults(record | {"error": "TargetError: no"}) == ["done: TargetError: no"]
