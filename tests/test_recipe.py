@@ -152,6 +152,7 @@ def test_a_missing_key_is_named(file):
         ("data.train=0", r"data.train: .*\(got 0\)"),
         ("quantize.observer=max", r"quantize.observer: .*'mse'.* \(got 'max'\)"),
         ("quantize.calibration=0", r"quantize.calibration: .*\(got 0\)"),
+        ("quantize.adaround=-1", r"quantize.adaround: .*\(got -1\)"),
         ("quantize.max_drop=-0.1", r"quantize.max_drop: .*greater than or equal to 0 \(got -0.1\)"),
         ("quantize.max_drop=2", r"quantize.max_drop: .*less than or equal to 1 \(got 2\)"),
         ("verify.agreement=99.5", r"verify.agreement: .*less than or equal to 1 \(got 99.5\)"),

@@ -3,43 +3,64 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from edgekd.errors import DataError
-from edgekd.quantization.capture import WEIGHTED, arguments, tensor_of
-from edgekd.quantization.fake_quant import FakeQuant, Observer
-from edgekd.quantization.placement import quantizers
+from edgekd.errors import DataError, RecipeError, nearest
+from edgekd.quantization.fake_quant import FakeQuant, Mode, Observer
+from edgekd.quantization.layers import layers, quantizer_at
+from edgekd.quantization.placement import quantized_activations, quantizers
 from edgekd.reporting.progress import Progress
+
+# what each observer has every activation's quantizer do, in one pass over the samples after another
+PASSES: dict[Observer, tuple[Mode, ...]] = {
+    "minmax": ("range",),
+    "moving-average": ("average",),
+    "mse": ("range", "error"),
+    "percentile": ("range", "histogram"),
+}
 
 
 def calibrate(graph: GraphModule, batches: Sequence[Tensor], observer: Observer) -> None:
     """Set every quantizer of `graph` from `batches`.
 
     Args:
-        batches: inputs of (N, ...), passed through once ("minmax") or twice ("mse").
-        observer: "minmax" takes the whole range; "mse" the share of it that gives the least
-            squared error of the tensor itself.
+        batches: inputs of (N, ...), passed through once ("minmax", "moving-average") or twice.
+        observer: how the range of an activation is found:
+
+            - "minmax": the whole range;
+            - "moving-average": that of a batch, averaged over batches (Jacob et al. 2018 §3.1,
+              arXiv:1712.05877), the newest one with a weight of 0.1;
+            - "percentile": without the 0.01 % of values at either end;
+            - "mse": the share of the whole range that gives the least squared error of the tensor
+              itself.
+
+            Weights have no outliers of a batch: "mse" treats them alike, with the others they keep
+            their whole range.
 
     Raises:
         DataError: there are no batches.
+        RecipeError: no such observer.
     """
     if not batches:
         raise DataError("no samples to calibrate with: the data gave no batch")
-    modes: list[Literal["range", "error"]] = ["range"]
-    if observer == "mse":
-        modes.append("error")
+    if observer not in PASSES:
+        raise RecipeError(f"no observer {observer!r}{nearest(observer, PASSES)}")
+    placed = quantizers(graph)
+    activations = set(quantized_activations(graph))
+    modes = PASSES[observer]
     with torch.no_grad(), Progress("calibrating", len(modes) * len(batches)) as progress:
         for mode in modes:
-            for quantizer in quantizers(graph).values():
-                quantizer.mode = mode
+            for name, quantizer in placed.items():
+                quantizer.mode = mode if name in activations or observer == "mse" else "range"
             for x in batches:
                 graph(x)
+                for quantizer in placed.values():
+                    quantizer.end_batch()
                 progress.advance()
-    for quantizer in quantizers(graph).values():
+    for quantizer in placed.values():
         quantizer.start()
     settle(graph)
 
@@ -65,9 +86,8 @@ def floor_weight_scales(graph: GraphModule) -> None:
     """
     for x, weight, bias in _biased(graph):
         with torch.no_grad():
-            floor = bias.abs() / (x.scale * 2**30)
-            floor = floor if weight.scale.dim() else floor.amax()
-            weight.scale.copy_(torch.maximum(weight.scale, floor))
+            floor = _by_scale(bias.abs(), weight).amax(0) / (x.scale * 2**30)
+            weight.scale.copy_(torch.maximum(weight.scale, floor.view_as(weight.scale)))
 
 
 def round_biases(graph: GraphModule) -> None:
@@ -78,24 +98,17 @@ def round_biases(graph: GraphModule) -> None:
     for x, weight, bias in _biased(graph):
         with torch.no_grad():
             step = x.scale * weight.scale
-            bias.copy_((bias / step).round() * step)
+            bias.copy_(((_by_scale(bias, weight) / step).round() * step).flatten())
 
 
 def _biased(graph: GraphModule) -> Iterator[tuple[FakeQuant, FakeQuant, Tensor]]:
     """Quantizers of input and weight, and the bias, of each integer layer that has one."""
-    for node in graph.graph.nodes:
-        args = arguments(node)
-        if node.target not in WEIGHTED or len(args) < 3:
-            continue
-        x, weight = (_quantizer(graph, n) for n in args[:2])
-        stored = args[2] is not None and args[2].op == "get_attr"
-        bias = tensor_of(graph, args[2]) if stored else None
-        if x is not None and weight is not None and bias is not None:
-            yield x, weight, bias
+    for layer in layers(graph):
+        x = quantizer_at(graph, layer.input)
+        if x is not None and layer.quantizer is not None and layer.bias is not None:
+            yield x, layer.quantizer, layer.bias
 
 
-def _quantizer(graph: GraphModule, node: torch.fx.Node) -> FakeQuant | None:
-    if node.op != "call_module":
-        return None
-    module = graph.get_submodule(str(node.target))
-    return module if isinstance(module, FakeQuant) else None
+def _by_scale(bias: Tensor, weight: FakeQuant) -> Tensor:
+    """(n, scales of the weight); n > 1 for the groups of a transposed convolution."""
+    return bias.view(-1, weight.scale.numel())

@@ -16,11 +16,15 @@ import torch
 from torch import Tensor, nn
 from torchao.quantization.pt2e import FakeQuantizeBase
 
-Observer = Literal["minmax", "mse"]
+Observer = Literal["minmax", "moving-average", "mse", "percentile"]
+Mode = Literal["range", "average", "error", "histogram", "quantize"]
 MIN_SCALE = 1e-9
 # Candidate clipping ranges of the "mse" observer, as a share of the observed range.
 SHRINK = torch.linspace(0.3, 1.0, 36)
 SAMPLE = 1 << 16  # elements of a tensor and batch that the "mse" observer looks at
+MOMENTUM = 0.1  # weight of the newest batch in the "moving-average" observer's range
+TAIL = 1e-4  # share of the values that the "percentile" observer leaves out at either end
+BINS = 1 << 14  # of its histogram: 64 for each of 256 integers
 
 
 class _LearnedStep(torch.autograd.Function):
@@ -125,13 +129,15 @@ class FakeQuant(FakeQuantizeBase):  # type: ignore[misc]  # torchao ships no typ
         self.ch_axis = ch_axis
         self.qscheme = torch.per_tensor_affine if channels is None else torch.per_channel_symmetric
         self.max_value = max_value
-        self.mode: Literal["range", "error", "quantize"] = "quantize"
+        self.mode: Mode = "quantize"
         shape = () if channels is None else (channels,)
         self.scale = nn.Parameter(torch.ones(shape))
         self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int32))
         self.zero_point: Tensor
         self._range: tuple[Tensor, Tensor] | None = None
+        self._average: tuple[Tensor, Tensor] | None = None
         self._error: Tensor | None = None
+        self._histogram: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """x̂ of x's shape; while calibrating, x itself."""
@@ -143,10 +149,12 @@ class FakeQuant(FakeQuantizeBase):  # type: ignore[misc]  # torchao ships no typ
             )
             return y
         with torch.no_grad():
-            if self.mode == "range":
-                self._observe_range(x)
-            else:
+            if self.mode == "error":
                 self._observe_error(x)
+            elif self.mode == "histogram":
+                self._observe_histogram(x)
+            else:
+                self._observe_range(x)
         return x
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
@@ -180,6 +188,34 @@ class FakeQuant(FakeQuantizeBase):  # type: ignore[misc]  # torchao ships no typ
         error = torch.stack(errors)
         self._error = error if self._error is None else self._error + error
 
+    def _observe_histogram(self, x: Tensor) -> None:
+        assert self._range is not None
+        low, high = map(float, self._range)
+        # in parts: float32 counts one by one up to 2²⁴ only
+        for part in torch.split(x.float().reshape(-1), 1 << 24):
+            counts = torch.histc(part, BINS, low, high).double()
+            self._histogram = counts if self._histogram is None else self._histogram + counts
+
+    def _without_tails(self) -> tuple[Tensor, Tensor]:
+        """The range between the two percentiles, outwards to the histogram's next edges."""
+        assert self._range is not None and self._histogram is not None
+        low, high = self._range
+        below = self._histogram.cumsum(0) / self._histogram.sum()
+        width = (high - low) / BINS
+        first, last = (below <= TAIL).sum(), (below < 1 - TAIL).sum() + 1
+        return (low + first * width).clamp(max=0), (low + last * width).clamp(min=0)
+
+    def end_batch(self) -> None:
+        """Behind a batch, of which one quantizer may have seen several tensors."""
+        if self.mode != "average" or self._range is None:
+            return
+        new, old = self._range, self._average or self._range
+        self._average = (
+            (1 - MOMENTUM) * old[0] + MOMENTUM * new[0],
+            (1 - MOMENTUM) * old[1] + MOMENTUM * new[1],
+        )
+        self._range = None
+
     def _qparams(self, share: Tensor | float) -> tuple[Tensor, Tensor]:
         """Scale and zero point for `share` of the observed range, rows of `_range`."""
         assert self._range is not None
@@ -195,6 +231,10 @@ class FakeQuant(FakeQuantizeBase):  # type: ignore[misc]  # torchao ships no typ
     def start(self) -> bool:
         """Set scale and zero point from what was observed; False if nothing passed through."""
         self.mode = "quantize"
+        if self._average is not None:
+            self._range = self._average
+        elif self._histogram is not None:
+            self._range = self._without_tails()
         if self._range is None:
             return False
         share: Tensor | float = 1.0
@@ -205,7 +245,7 @@ class FakeQuant(FakeQuantizeBase):  # type: ignore[misc]  # torchao ships no typ
             self.scale.copy_(scale.reshape(self.scale.shape))
             self.zero_point.copy_(zero.reshape(self.scale.shape).to(torch.int32))
             self.bound_scale()
-        self._range = self._error = None
+        self._range = self._average = self._error = self._histogram = None
         return True
 
     # ---- training and conversion -------------------------------------------------------------

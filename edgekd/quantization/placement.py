@@ -96,6 +96,14 @@ def upper_bound(node: Node) -> float | None:
     return None
 
 
+def fused_activation(node: Node) -> Node:
+    """The ReLU or ReLU6 that runs inside `node`'s kernel, else `node`."""
+    users = list(node.users)
+    if len(users) == 1 and upper_bound(users[0]) is not None:
+        return users[0]
+    return node
+
+
 def layer_name(node: Node) -> str:
     """What a layer is called in reports and in `float_layers`: the module that owns its weight.
 
@@ -187,7 +195,7 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no type
         inputs: dict[Node, Any] = {s: self._activation(s) for s in self._inputs(node, kind)}
         if node.target in WEIGHTED:
             inputs[args[1]] = self._weight(model, node)
-        last = self._fused_activation(node) if kind in FUSING else node
+        last = fused_activation(node) if kind in FUSING else node
         output = None
         if kind in self.scheme.shared_scales:
             first, *others = inputs
@@ -226,13 +234,6 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no type
 
     def _ends_in_convolution(self, node: Node) -> bool:
         return self._kind(node) == "conv" and len(node.users) == 1
-
-    def _fused_activation(self, node: Node) -> Node:
-        """The ReLU or ReLU6 that runs inside `node`'s kernel, else `node`."""
-        users = list(node.users)
-        if len(users) == 1 and upper_bound(users[0]) is not None:
-            return users[0]
-        return node
 
     def _leaves(self, node: Node, kind: Kind) -> bool:
         """A linear layer may give the network's output in float, reshaped or not."""

@@ -9,16 +9,20 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from edgekd.data.base import BatchSource, Data, evaluation_batches
-from edgekd.errors import ModelError, TargetError
+from edgekd.errors import ModelError, RecipeError, TargetError
 from edgekd.files import write_atomically
 from edgekd.knowledge.learning import learn
 from edgekd.knowledge.taps import Hints
 from edgekd.knowledge.teachers import TeacherLike
 from edgekd.network import Network
+from edgekd.quantization.bias_correction import correct_biases
 from edgekd.quantization.calibration import calibrate, settle
 from edgekd.quantization.capture import capture
+from edgekd.quantization.equalization import equalize_layers
 from edgekd.quantization.fake_quant import Observer
+from edgekd.quantization.layers import stored_tensors
 from edgekd.quantization.placement import describe, left_in_float, place, quantizers
+from edgekd.quantization.rounding import round_weights
 from edgekd.quantization.sensitivity import mixed_precision
 from edgekd.reporting.progress import console
 from edgekd.rundir import RunDir
@@ -37,6 +41,9 @@ def quantize(
     epochs: int = 0,
     calibration: int = 512,
     observer: Observer = "mse",
+    equalize: bool = False,
+    adaround: int = 0,
+    correct_bias: bool = False,
     float_layers: Collection[str] = (),
     max_drop: float | None = None,
     alpha: float = 0.9,
@@ -62,7 +69,12 @@ def quantize(
         target: a Target or its name; its scheme says what runs in integers.
         data: a Data, or batches; their inputs calibrate, and train if `epochs`.
         calibration: samples to set the first scales from.
-        observer: "minmax" or "mse", see `calibrate`.
+        observer: "mse", "minmax", "moving-average" or "percentile", see `calibrate`.
+        equalize: neighbouring layers share out their channels' ranges first; see
+            `equalize_layers`. Feature maps between them are scaled for hints, too.
+        adaround: iterations for each layer in which its weights learn to round up or down; 0:
+            they are rounded to nearest. See `round_weights`.
+        correct_bias: biases make up for the mean error of their layer, see `correct_biases`.
         float_layers: layers that stay in float, by their module's path.
         max_drop: the fewest further layers stay in float for which the metric drops by this or
             less, as a share of 1, before any training; see `mixed_precision`. With a `run`, the
@@ -75,6 +87,7 @@ def quantize(
         TargetError: the target has no integers.
         ModelError: `net` is quantized already, cannot be captured, or has nothing to quantize; or
             `max_drop` cannot be reached.
+        RecipeError: `adaround` is negative, or there is no such observer.
     """
     target = Target.load(target)
     if target.scheme is None:
@@ -83,9 +96,11 @@ def quantize(
         )
     if net.scheme is not None:
         raise ModelError("this network is quantized already; quantize takes the float one")
+    if adaround < 0:
+        raise RecipeError(f"quantize: adaround is {adaround}; give iterations, or 0 for none")
     on = fabric(accelerator)
     inputs = [x.to(on.device) for x in _calibration_inputs(data, calibration)]
-    student = _calibrated(net, target, float_layers, inputs, observer)
+    student = _calibrated(net, target, float_layers, inputs, observer, equalize)
     if max_drop is not None:
         table = mixed_precision(
             net, student, max_drop=max_drop, data=data, task=task, inputs=inputs,
@@ -97,11 +112,18 @@ def quantize(
             write_atomically(run.path / "sensitivity.json", table.model_dump_json(indent=1))
         if table.in_float:
             float_layers = (*float_layers, *table.in_float)
-            student = _calibrated(net, target, float_layers, inputs, observer)
+            student = _calibrated(net, target, float_layers, inputs, observer, equalize)
     graph = student.module
     assert isinstance(graph, GraphModule)
     if floating := left_in_float(graph):
         console.print(f"quantize: in float stay {describe(floating)}")
+    if adaround or correct_bias:
+        floats = stored_tensors(graph.to(on.device))
+        if adaround:
+            round_weights(graph, floats, inputs, iterations=adaround, seed=seed)
+        if correct_bias:
+            correct_biases(graph, floats, inputs)
+        graph.to("cpu")
     if epochs:
         learn(
             student, original=net.module, task=task, data=data, teacher=teacher, alpha=alpha,
@@ -120,10 +142,14 @@ def _calibrated(
     float_layers: Collection[str],
     inputs: Sequence[Tensor],
     observer: Observer,
+    equalize: bool = False,
 ) -> Network:
     """`net` in the integers of `target`'s scheme, its scales from `inputs`."""
     assert target.scheme is not None
-    graph = place(capture(net.module, net.io.example(2)), target.scheme, float_layers)
+    captured = capture(net.module, net.io.example(2))
+    if equalize:
+        equalize_layers(captured)
+    graph = place(captured, target.scheme, float_layers)
     if not quantizers(graph):
         raise ModelError(
             f"{net!r} has no operator that {target.name} runs in integers "

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from edgekd.errors import DataError
+from edgekd.errors import DataError, RecipeError
 from edgekd.network import Network
 from edgekd.quantization.calibration import calibrate, settle
 from edgekd.quantization.capture import capture
+from edgekd.quantization.fake_quant import Observer
 from edgekd.quantization.placement import place, quantized_activations, quantizers
 from edgekd.runtimes.onnxruntime import OnnxRuntime
 from edgekd.stages.export import export
@@ -127,3 +128,104 @@ def test_calibration_reads_as_many_samples_as_it_was_told(host: Target):
 
     assert first_scale(10) == pytest.approx(x[:10].max().item() / 255)
     assert first_scale(11) == pytest.approx(50 / 255)
+
+
+# ---- observers -----------------------------------------------------------------------------------
+
+
+def activation_range(graph: GraphModule, name: str) -> tuple[float, float]:
+    """The reals at the ends of an asymmetric quantizer's integers."""
+    q = quantizers(graph)[name]
+    scale, zero = q.scale.item(), q.zero_point.item()
+    return (q.low - zero) * scale, (q.high - zero) * scale
+
+
+def pooled() -> nn.Module:
+    """Its MaxPool passes the convolution's integers on: one quantizer for two tensors."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(2, 4, 3), nn.MaxPool2d(2), nn.Conv2d(4, 4, 1)).eval()
+
+
+def calibrated(scheme: QuantScheme, batches: list[Tensor], observer: Observer) -> GraphModule:
+    graph = place(capture(pooled(), (batches[0],)), scheme)
+    calibrate(graph, batches, observer)
+    return graph
+
+
+def test_the_moving_average_is_that_of_the_batches_ranges(scheme: QuantScheme):
+    generator = torch.Generator().manual_seed(1)
+    batches = [torch.randn(4, 2, 9, 9, generator=generator) * size for size in (1, 3, 2, 5)]
+    graph = calibrated(scheme, batches, "moving-average")
+    with torch.no_grad():
+        convolved = [pooled()[0](x) for x in batches]
+    for name, tensors in {"input_1": batches, "conv2d": convolved}.items():
+        ends = np.array([(x.min().item(), x.max().item()) for x in tensors])
+        expected = ends[0]
+        for low_and_high in ends[1:]:
+            expected = 0.9 * expected + 0.1 * low_and_high
+        step = np.ptp(expected) / 255
+        np.testing.assert_allclose(activation_range(graph, name), expected, atol=0.51 * step)
+        assert quantizers(graph)[name].scale.item() == pytest.approx(step, rel=1e-6)
+    assert len(quantizers(graph)) == 5  # the MaxPool has none of its own
+
+
+def test_percentiles_are_numpys(scheme: QuantScheme):
+    generator = torch.Generator().manual_seed(1)
+    batches = [torch.randn(20, 2, 50, 50, generator=generator) for _ in range(3)]
+    batches[1][0, 0, 0, :3] = 40.0
+    batches[2][0, 0, 0, :3] = -30.0
+    graph = calibrated(scheme, batches, "percentile")
+    with torch.no_grad():
+        convolved = [pooled()[0](x) for x in batches]
+    for name, tensors in {"input_1": batches, "conv2d": convolved}.items():
+        values = torch.cat([x.flatten() for x in tensors]).double().numpy()
+        if name == "conv2d":  # and of what the MaxPool makes of it, counted beside it
+            values = np.concatenate([values, *(
+                nn.functional.max_pool2d(x, 2).flatten().numpy() for x in tensors
+            )])  # fmt: skip
+        low, high = np.percentile(values, [0.01, 99.99])
+        edge = np.ptp(values) / 2**14  # of the histogram
+        step = quantizers(graph)[name].scale.item()
+        assert (high - low) / 255 <= step * (1 + 1e-6)
+        assert step <= (high - low + 2.1 * edge) / 255
+        assert high < np.abs(values).max() / 3
+        found = activation_range(graph, name)
+        np.testing.assert_allclose(found, (low, high), atol=0.51 * step + edge)
+
+
+def test_a_tensor_of_zeros_has_a_scale(scheme: QuantScheme):
+    graph = calibrated(scheme, [torch.zeros(4, 2, 9, 9)], "percentile")
+    assert all((q.scale > 0).all() for q in quantizers(graph).values())
+
+
+@pytest.mark.parametrize("observer", ["minmax", "moving-average", "percentile"])
+def test_weights_keep_their_whole_range(observer: Observer, scheme: QuantScheme):
+    graph = calibrated(scheme, [torch.randn(4, 2, 9, 9)] * 3, observer)
+    weight = pooled()[0].weight.detach().numpy()
+    expected = np.abs(weight).reshape(4, -1).max(1) / 63
+    np.testing.assert_array_equal(quantizers(graph)["_0_weight"].scale.detach(), expected)
+
+
+def test_an_unknown_observer_is_refused(scheme: QuantScheme):
+    with pytest.raises(RecipeError, match="no observer 'percentil'; did you mean 'percentile'"):
+        calibrated(scheme, [torch.zeros(4, 2, 9, 9)], "percentil")  # type: ignore[arg-type]
+
+
+def test_groups_of_a_transposed_convolution_share_scales_and_have_biases_of_their_own():
+    target = Target.load("jetson-orin-nano")
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(2, 4, 1), nn.ConvTranspose2d(4, 6, 2, 2, groups=2)).eval()
+    x = torch.randn(16, 2, 8, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        module[1].weight[:, 1] *= 1e-9  # channels 1 and 4
+        module[1].bias.copy_(torch.tensor([0.1, 2.0, -0.1, 0.2, -5.0, 0.3]))
+    assert target.scheme is not None
+    graph = place(capture(module, (x[:2],)), target.scheme)
+    calibrate(graph, [x], "minmax")
+    settle(graph, integer_bias=True)
+    placed = quantizers(graph)
+    step = np.float64(placed["conv2d"].scale.item()) * placed["_1_weight"].scale.detach().numpy()
+    bias = graph.get_parameter("1.bias").detach().numpy()
+    np.testing.assert_allclose(bias, module[1].bias.detach(), atol=1e-4)
+    assert np.abs(bias / np.tile(step, 2)).max() < 2**31
+    assert abs(bias[4] / step[1]) == pytest.approx(2**30, rel=1e-3)

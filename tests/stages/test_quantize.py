@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from edgekd.errors import ModelError, TargetError
+from edgekd.errors import ModelError, RecipeError, TargetError
 from edgekd.network import Network
 from edgekd.quantization.placement import quantizers
+from edgekd.stages.export import export
 from edgekd.stages.quantize import quantize
+from edgekd.stages.verify import verify
 from edgekd.target import Target
 from edgekd.tasks.classification import Classification
 
@@ -39,6 +42,53 @@ def test_post_training_keeps_the_networks_answers(trained: Network, batches: Bat
     assert abs(accuracy(net, batches) - accuracy(trained, batches)) < 0.02
     with torch.no_grad():  # but they are other numbers: it is quantized
         assert not torch.allclose(net(batches[0][0]), trained(batches[0][0]), atol=1e-4)
+
+
+ALL = {"observer": "percentile", "equalize": True, "adaround": 30, "correct_bias": True}
+
+
+@pytest.mark.parametrize("name", ["host-onnxruntime", "jetson-orin-nano"])
+def test_a_network_of_all_post_training_options_passes_its_gates(
+    trained: Network, batches: Batches, name: str, tmp_path: Path
+):
+    before = {name: t.clone() for name, t in trained.state().items()}
+    net = quantize(trained, target=name, data=batches[:2], accelerator="cpu", **ALL)
+    assert all(torch.equal(before[name], t) for name, t in trained.state().items())
+    assert accuracy(net, batches) > 0.95
+    net.save(tmp_path / "net")
+    loaded = Network.load(tmp_path / "net")
+    artifact = export(loaded, target=name, out=tmp_path / "artifact")
+    parity = verify(artifact, loaded, data=batches, task=Classification())
+    assert parity.gate == "passed", parity
+
+
+def test_each_post_training_option_has_its_effect_and_comes_out_the_same_again(
+    trained: Network, batches: Batches, host: Target
+):
+    def state(**options: object) -> dict[str, Tensor]:
+        net = quantize(trained, target=host, data=batches[:1], accelerator="cpu", **options)
+        return {name: t.detach().clone() for name, t in net.state().items()}
+
+    plain = state()
+    for name, value in ALL.items():
+        one, again = state(**{name: value}), state(**{name: value})
+        assert all(torch.equal(one[key], again[key]) for key in plain)
+        assert any(not torch.equal(one[key], plain[key]) for key in plain), name
+
+
+def test_training_goes_on_from_all_post_training_options(
+    trained: Network, batches: Batches, host: Target
+):
+    net = quantize(
+        trained, target=host, data=batches[:3], task=Classification(), epochs=1,
+        accelerator="cpu", **ALL,
+    )  # fmt: skip
+    assert accuracy(net, batches) > 0.95
+
+
+def test_less_than_no_iterations_are_refused(trained: Network, batches: Batches, host: Target):
+    with pytest.raises(RecipeError, match="adaround is -1; give iterations, or 0 for none"):
+        quantize(trained, target=host, data=batches, adaround=-1)
 
 
 @pytest.mark.parametrize("way", ["task", "teacher", "both"])

@@ -1,0 +1,91 @@
+"""Corrected biases leave no mean error."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from edgekd.quantization.bias_correction import correct_biases
+from edgekd.quantization.calibration import calibrate
+from edgekd.quantization.capture import capture
+from edgekd.quantization.layers import stored_tensors
+from edgekd.quantization.placement import place, quantizers
+from edgekd.target import QuantScheme
+
+
+def coarse(module: nn.Module, scheme: QuantScheme, x: Tensor) -> GraphModule:
+    """Weights in 3 bits: the mean error is large."""
+    graph = place(capture(module, (x[:2],)), scheme)
+    for quantizer in quantizers(graph).values():
+        if quantizer.scale.dim():
+            quantizer.low, quantizer.high = -3, 3
+    calibrate(graph, [x], "minmax")
+    return graph
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3, groups=16, bias=False),
+        nn.Conv2d(16, 16, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.rand(96, 3, 10, 10, generator=torch.Generator().manual_seed(1)) + 0.5
+
+
+def mean_error(graph: GraphModule, module: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return (graph(x) - module(x)).mean(0).abs().max()
+
+
+def test_outputs_have_no_mean_error_left(scheme: QuantScheme, x: Tensor):
+    module = network()
+    graph = coarse(module, scheme, x)
+    before = mean_error(graph, module, x)
+    floats = stored_tensors(graph)
+    correct_biases(graph, floats, list(x.split(40)))
+    assert before > 0.01
+    assert mean_error(graph, module, x) < before / 1000
+    fresh = torch.rand(96, 3, 10, 10, generator=torch.Generator().manual_seed(2)) + 0.5
+    assert mean_error(graph, module, fresh) < before / 20
+    changed = [name for name, t in floats.items() if not torch.equal(t, graph.get_parameter(name))]
+    assert changed == ["0.bias", "3.bias", "7.bias"]
+
+
+def test_a_linear_layer_over_tokens_is_corrected_by_feature(scheme: QuantScheme):
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.layer(x)
+            return y
+
+    torch.manual_seed(0)
+    x = torch.rand(64, 5, 8) + 0.5
+    module = Tokens()
+    graph = coarse(module, scheme, x)
+    before = (graph(x) - module(x)).mean((0, 1)).abs().max()
+    correct_biases(graph, stored_tensors(graph), [x])
+    assert (graph(x) - module(x)).mean((0, 1)).abs().max() < before / 1000
+
+
+def test_corrected_biases_fit_into_int32(scheme: QuantScheme, x: Tensor):
+    module = network()
+    with torch.no_grad():  # a channel whose integers are nearly nothing
+        module[0].weight[1] *= 1e-9
+    graph = coarse(module, scheme, x)
+    floats = stored_tensors(graph)
+    floats["0.bias"][1] += 10  # the correction is large
+    correct_biases(graph, floats, [x])
+    bias = graph.get_parameter("0.bias").detach().double()
+    assert bias[1] > 9
+    placed = quantizers(graph)
+    step = (placed["input_1"].scale * placed["_0_weight"].scale.double()).detach()
+    assert float((bias / step).abs().max()) < 2**31
