@@ -12,30 +12,40 @@ from torch.fx import GraphModule
 from edgekd.errors import DataError
 from edgekd.quantization.capture import WEIGHTED, arguments, tensor_of
 from edgekd.quantization.fake_quant import FakeQuant, Observer
-from edgekd.quantization.placement import quantizers
+from edgekd.quantization.placement import quantized_activations, quantizers
 from edgekd.reporting.progress import Progress
+
+Mode = Literal["range", "average", "sample", "error"]
+# what each observer looks at, a pass over the samples each
+MODES: dict[Observer, tuple[Mode, ...]] = {
+    "minmax": ("range",),
+    "moving-average": ("average",),
+    "percentile": ("sample",),
+    "mse": ("range", "error"),
+}
 
 
 def calibrate(graph: GraphModule, batches: Sequence[Tensor], observer: Observer) -> None:
     """Set every quantizer of `graph` from `batches`.
 
     Args:
-        batches: inputs of (N, ...), passed through once ("minmax") or twice ("mse").
-        observer: "minmax" takes the whole range; "mse" the share of it that gives the least
-            squared error of the tensor itself.
+        batches: inputs of (N, ...), passed through once, or twice for "mse".
+        observer: "minmax" takes the whole range; "moving-average" of each batch's range a tenth
+            (Jacob et al. 2018 §3.1, arXiv:1712.05877); "percentile" leaves out the outer 0.01 % on
+            either side; "mse" takes the share of the range that gives the least squared error of
+            the tensor itself. Weights, which do not vary, have their whole range, or "mse".
 
     Raises:
         DataError: there are no batches.
     """
     if not batches:
         raise DataError("no samples to calibrate with: the data gave no batch")
-    modes: list[Literal["range", "error"]] = ["range"]
-    if observer == "mse":
-        modes.append("error")
-    with torch.no_grad(), Progress("calibrating", len(modes) * len(batches)) as progress:
-        for mode in modes:
-            for quantizer in quantizers(graph).values():
-                quantizer.mode = mode
+    activations = set(quantized_activations(graph))
+    with torch.no_grad(), Progress("calibrating", len(MODES[observer]) * len(batches)) as progress:
+        for mode in MODES[observer]:
+            for name, quantizer in quantizers(graph).items():
+                varies = name in activations or mode == "error"
+                quantizer.mode = mode if varies else "range"
             for x in batches:
                 graph(x)
                 progress.advance()

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 from torchao.quantization.pt2e import FakeQuantizeBase
 
-Observer = Literal["minmax", "mse"]
+Observer = Literal["minmax", "moving-average", "percentile", "mse"]
 MIN_SCALE = 1e-9
 # Candidate clipping ranges of the "mse" observer, as a share of the observed range.
 SHRINK = torch.linspace(0.3, 1.0, 36)
-SAMPLE = 1 << 16  # elements of a tensor and batch that the "mse" observer looks at
+SAMPLE = 1 << 16  # elements of a tensor and batch that "mse" and "percentile" look at
+AVERAGED = 0.1  # share of the newest batch in "moving-average"
+PERCENTILE = 0.9999
 
 
 class _LearnedStep(torch.autograd.Function):
@@ -87,6 +89,11 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return product
 
 
+def _strided(rows: Tensor) -> Tensor:
+    """About SAMPLE elements of each row, evenly spaced; (C, n) in and out."""
+    return rows[:, :: max(1, rows.shape[1] // SAMPLE)]
+
+
 class FakeQuant(FakeQuantizeBase):  # type: ignore[misc]  # torchao ships no types
     """Quantize-dequantize of one tensor, per tensor or per channel.
 
@@ -125,13 +132,14 @@ class FakeQuant(FakeQuantizeBase):  # type: ignore[misc]  # torchao ships no typ
         self.ch_axis = ch_axis
         self.qscheme = torch.per_tensor_affine if channels is None else torch.per_channel_symmetric
         self.max_value = max_value
-        self.mode: Literal["range", "error", "quantize"] = "quantize"
+        self.mode: Literal["range", "average", "sample", "error", "quantize"] = "quantize"
         shape = () if channels is None else (channels,)
         self.scale = nn.Parameter(torch.ones(shape))
         self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int32))
         self.zero_point: Tensor
         self._range: tuple[Tensor, Tensor] | None = None
         self._error: Tensor | None = None
+        self._samples: list[Tensor] = []
 
     def forward(self, x: Tensor) -> Tensor:
         """x̂ of x's shape; while calibrating, x itself."""
@@ -143,10 +151,12 @@ class FakeQuant(FakeQuantizeBase):  # type: ignore[misc]  # torchao ships no typ
             )
             return y
         with torch.no_grad():
-            if self.mode == "range":
-                self._observe_range(x)
-            else:
+            if self.mode == "error":
                 self._observe_error(x)
+            elif self.mode == "sample":
+                self._samples.append(_strided(self._channels_first(x)))
+            else:
+                self._observe_range(x, average=self.mode == "average")
         return x
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
@@ -161,17 +171,20 @@ class FakeQuant(FakeQuantizeBase):  # type: ignore[misc]  # torchao ships no typ
             return x.transpose(0, self.ch_axis).reshape(x.shape[self.ch_axis], -1)
         return x.reshape(1, -1)
 
-    def _observe_range(self, x: Tensor) -> None:
+    def _observe_range(self, x: Tensor, *, average: bool) -> None:
         rows = self._channels_first(x)
         low: Tensor = rows.amin(1).clamp(max=0)
         high: Tensor = rows.amax(1).clamp(min=0)
-        if self._range is not None:
+        if self._range is not None and average:
+            low, high = (
+                torch.lerp(*ends, AVERAGED) for ends in zip(self._range, (low, high), strict=True)
+            )
+        elif self._range is not None:
             low, high = torch.minimum(low, self._range[0]), torch.maximum(high, self._range[1])
         self._range = (low, high)
 
     def _observe_error(self, x: Tensor) -> None:
-        rows = self._channels_first(x)
-        rows = rows[:, :: max(1, rows.shape[1] // SAMPLE)]
+        rows = _strided(self._channels_first(x))
         errors = []
         for share in SHRINK.tolist():
             scale, zero = (t[:, None] for t in self._qparams(share))
@@ -195,6 +208,10 @@ class FakeQuant(FakeQuantizeBase):  # type: ignore[misc]  # torchao ships no typ
     def start(self) -> bool:
         """Set scale and zero point from what was observed; False if nothing passed through."""
         self.mode = "quantize"
+        if self._samples:
+            rows = torch.cat(self._samples, 1)
+            ends = torch.quantile(rows, rows.new_tensor([1 - PERCENTILE, PERCENTILE]), dim=1)
+            self._range = ends[0].clamp(max=0), ends[1].clamp(min=0)
         if self._range is None:
             return False
         share: Tensor | float = 1.0
@@ -206,6 +223,7 @@ class FakeQuant(FakeQuantizeBase):  # type: ignore[misc]  # torchao ships no typ
             self.zero_point.copy_(zero.reshape(self.scale.shape).to(torch.int32))
             self.bound_scale()
         self._range = self._error = None
+        self._samples = []
         return True
 
     # ---- training and conversion -------------------------------------------------------------

@@ -62,7 +62,7 @@ def quantize(
         target: a Target or its name; its scheme says what runs in integers.
         data: a Data, or batches; their inputs calibrate, and train if `epochs`.
         calibration: samples to set the first scales from.
-        observer: "minmax" or "mse", see `calibrate`.
+        observer: "minmax", "moving-average", "percentile" or "mse", see `calibrate`.
         float_layers: layers that stay in float, by their module's path.
         max_drop: the fewest further layers stay in float for which the metric drops by this or
             less, as a share of 1, before any training; see `mixed_precision`. With a `run`, the

@@ -14,6 +14,7 @@ from edgekd.errors import DataError
 from edgekd.network import Network
 from edgekd.quantization.calibration import calibrate, settle
 from edgekd.quantization.capture import capture
+from edgekd.quantization.fake_quant import Observer
 from edgekd.quantization.placement import place, quantized_activations, quantizers
 from edgekd.runtimes.onnxruntime import OnnxRuntime
 from edgekd.stages.export import export
@@ -127,3 +128,40 @@ def test_calibration_reads_as_many_samples_as_it_was_told(host: Target):
 
     assert first_scale(10) == pytest.approx(x[:10].max().item() / 255)
     assert first_scale(11) == pytest.approx(50 / 255)
+
+
+def observed(observer: Observer, batches: list[Tensor], scheme: QuantScheme) -> tuple[float, float]:
+    """Scale of the input, and of the first output channel's weights over their largest one."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(3, 4, 1)
+    graph = place(capture(layer, (torch.zeros(2, 3, 8, 8),)), scheme)
+    calibrate(graph, batches, observer)
+    found = quantizers(graph)
+    weight = found["weight"].scale[0].item() / layer.weight[0].abs().max().item()
+    return found[quantized_activations(graph)[0]].scale.item(), weight
+
+
+@pytest.fixture
+def growing() -> list[Tensor]:
+    """Batches whose range grows, with two outliers."""
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(16, 3, 8, 8, generator=generator) * (1 + i) for i in range(8)]
+    batches[3][0, 0, 0, 0], batches[5][0, 0, 0, 0] = 1000.0, -500.0
+    return batches
+
+
+def test_a_moving_average_is_numpys(growing: list[Tensor], scheme: QuantScheme):
+    low, high = growing[0].min().item(), growing[0].max().item()
+    for x in growing[1:]:
+        low, high = (0.9 * low + 0.1 * x.min().item(), 0.9 * high + 0.1 * x.max().item())
+    scale, weight = observed("moving-average", growing, scheme)
+    assert scale == pytest.approx((high - low) / 255, rel=1e-5)
+    assert weight == pytest.approx(1 / 63, rel=1e-5)
+
+
+def test_a_percentile_is_numpys(growing: list[Tensor], scheme: QuantScheme):
+    low, high = np.quantile(np.concatenate([x.numpy().ravel() for x in growing]), [1e-4, 1 - 1e-4])
+    scale, weight = observed("percentile", growing, scheme)
+    assert scale == pytest.approx((high - low) / 255, rel=1e-4)
+    assert scale < observed("minmax", growing, scheme)[0] / 10
+    assert weight == pytest.approx(1 / 63, rel=1e-5)
