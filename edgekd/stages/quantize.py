@@ -15,6 +15,7 @@ from edgekd.knowledge.learning import learn
 from edgekd.knowledge.taps import Hints
 from edgekd.knowledge.teachers import TeacherLike
 from edgekd.network import Network
+from edgekd.quantization.bias_correction import correct_biases
 from edgekd.quantization.calibration import calibrate, settle
 from edgekd.quantization.capture import capture
 from edgekd.quantization.fake_quant import Observer
@@ -37,6 +38,7 @@ def quantize(
     epochs: int = 0,
     calibration: int = 512,
     observer: Observer = "mse",
+    correct_bias: bool = False,
     float_layers: Collection[str] = (),
     max_drop: float | None = None,
     alpha: float = 0.9,
@@ -63,6 +65,8 @@ def quantize(
         data: a Data, or batches; their inputs calibrate, and train if `epochs`.
         calibration: samples to set the first scales from.
         observer: "minmax", "moving-average", "percentile" or "mse", see `calibrate`.
+        correct_bias: take what rounding the weights shifts on average out of the biases, see
+            `correct_biases`.
         float_layers: layers that stay in float, by their module's path.
         max_drop: the fewest further layers stay in float for which the metric drops by this or
             less, as a share of 1, before any training; see `mixed_precision`. With a `run`, the
@@ -102,6 +106,10 @@ def quantize(
     assert isinstance(graph, GraphModule)
     if floating := left_in_float(graph):
         console.print(f"quantize: in float stay {describe(floating)}")
+    if correct_bias:
+        graph.to(on.device)
+        correct_biases(graph, inputs)
+        graph.to("cpu")
     if epochs:
         learn(
             student, original=net.module, task=task, data=data, teacher=teacher, alpha=alpha,
