@@ -110,6 +110,7 @@ class QuantizeSection(_Learning):
     epochs: Annotated[int, Field(ge=0)] = 0
     calibration: Count = 512
     observer: Observer = "mse"
+    equalized: bool = False
     correct_bias: bool = False
     float_layers: tuple[str, ...] = ()
     max_drop: Share | None = None

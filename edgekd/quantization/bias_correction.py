@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from edgekd.quantization.capture import WEIGHTED, arguments, tensor_of
+from edgekd.quantization.capture import WEIGHTED, arguments, groups_of, tensor_of
 from edgekd.reporting.progress import Progress
 
 
@@ -33,7 +33,7 @@ def correct_biases(graph: GraphModule, batches: Sequence[Tensor]) -> None:
             target = tensor_of(graph, bias)
             assert stored is not None and target is not None
             error = graph.get_submodule(str(weight.target))(stored) - stored
-            target -= _shift(error, total / count, _groups(node))
+            target -= _shift(error, total / count, groups_of(node))
 
 
 def _shift(error: Tensor, mean: Tensor, groups: int) -> Tensor:
@@ -41,11 +41,6 @@ def _shift(error: Tensor, mean: Tensor, groups: int) -> Tensor:
     by_channel = error.flatten(2).sum(2) if error.dim() > 2 else error
     by_group = by_channel.view(groups, -1, by_channel.shape[1])
     return (by_group * mean.view(groups, 1, -1)).sum(2).flatten()
-
-
-def _groups(node: Node) -> int:
-    """Of a convolution, whose seventh argument it is."""
-    return int(arguments(node)[6]) if len(node.args) > 6 else 1
 
 
 class _InputMeans(Interpreter):

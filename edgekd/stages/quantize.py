@@ -18,6 +18,7 @@ from edgekd.network import Network
 from edgekd.quantization.bias_correction import correct_biases
 from edgekd.quantization.calibration import calibrate, settle
 from edgekd.quantization.capture import capture
+from edgekd.quantization.equalization import equalize
 from edgekd.quantization.fake_quant import Observer
 from edgekd.quantization.placement import describe, left_in_float, place, quantizers
 from edgekd.quantization.sensitivity import mixed_precision
@@ -38,6 +39,7 @@ def quantize(
     epochs: int = 0,
     calibration: int = 512,
     observer: Observer = "mse",
+    equalized: bool = False,
     correct_bias: bool = False,
     float_layers: Collection[str] = (),
     max_drop: float | None = None,
@@ -65,6 +67,7 @@ def quantize(
         data: a Data, or batches; their inputs calibrate, and train if `epochs`.
         calibration: samples to set the first scales from.
         observer: "minmax", "moving-average", "percentile" or "mse", see `calibrate`.
+        equalized: balance the weights of consecutive layers first, see `equalize`.
         correct_bias: take what rounding the weights shifts on average out of the biases, see
             `correct_biases`.
         float_layers: layers that stay in float, by their module's path.
@@ -89,7 +92,7 @@ def quantize(
         raise ModelError("this network is quantized already; quantize takes the float one")
     on = fabric(accelerator)
     inputs = [x.to(on.device) for x in _calibration_inputs(data, calibration)]
-    student = _calibrated(net, target, float_layers, inputs, observer)
+    student = _calibrated(net, target, float_layers, inputs, observer, equalized)
     if max_drop is not None:
         table = mixed_precision(
             net, student, max_drop=max_drop, data=data, task=task, inputs=inputs,
@@ -101,7 +104,7 @@ def quantize(
             write_atomically(run.path / "sensitivity.json", table.model_dump_json(indent=1))
         if table.in_float:
             float_layers = (*float_layers, *table.in_float)
-            student = _calibrated(net, target, float_layers, inputs, observer)
+            student = _calibrated(net, target, float_layers, inputs, observer, equalized)
     graph = student.module
     assert isinstance(graph, GraphModule)
     if floating := left_in_float(graph):
@@ -128,10 +131,14 @@ def _calibrated(
     float_layers: Collection[str],
     inputs: Sequence[Tensor],
     observer: Observer,
+    equalized: bool = False,
 ) -> Network:
     """`net` in the integers of `target`'s scheme, its scales from `inputs`."""
     assert target.scheme is not None
-    graph = place(capture(net.module, net.io.example(2)), target.scheme, float_layers)
+    graph = capture(net.module, net.io.example(2))
+    if equalized:
+        equalize(graph)
+    graph = place(graph, target.scheme, float_layers)
     if not quantizers(graph):
         raise ModelError(
             f"{net!r} has no operator that {target.name} runs in integers "
