@@ -110,7 +110,7 @@ class QuantizeSection(_Learning):
     epochs: Annotated[int, Field(ge=0)] = 0
     calibration: Count = 512
     observer: Observer = "mse"
-    equalize: bool = False
+    equalized: bool = False
     adaround: Annotated[int, Field(ge=0)] = 0
     correct_bias: bool = False
     float_layers: tuple[str, ...] = ()

@@ -245,9 +245,8 @@ def tables(result: dict[str, Any]) -> str:
     names = dict.fromkeys(name.rpartition("-")[0] or name for name in result["arms"])
     lines += ["", "| arm | accuracy, each seed | parameters | MACs |", "|---|---|---|---|"]
     for name in names:
-        rows = [
-            r for n, r in result["arms"].items() if n in (name, *(f"{name}-{s}" for s in SEEDS))
-        ]
+        of_seeds = (name, *(f"{name}-{seed}" for seed in SEEDS))
+        rows = [result["arms"][key] for key in of_seeds if key in result["arms"]]
         each = ", ".join(f"{row['accuracy']:.2%}" for row in rows)
         lines.append(
             f"| `{name}` | {each} | {rows[0]['params']:,} | {rows[0]['macs'] / 1e6:.2f} M |"

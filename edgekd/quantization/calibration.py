@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
 from edgekd.errors import DataError, RecipeError, nearest
-from edgekd.quantization.fake_quant import FakeQuant, Mode, Observer
+from edgekd.quantization.fake_quant import FakeQuant, Observer
 from edgekd.quantization.layers import layers, quantizer_at
 from edgekd.quantization.placement import quantized_activations, quantizers
 from edgekd.reporting.progress import Progress
 
-# what each observer has every activation's quantizer do, in one pass over the samples after another
-PASSES: dict[Observer, tuple[Mode, ...]] = {
+Mode = Literal["range", "average", "sample", "error"]
+# what each observer looks at, a pass over the samples each
+MODES: dict[Observer, tuple[Mode, ...]] = {
     "minmax": ("range",),
     "moving-average": ("average",),
+    "percentile": ("sample",),
     "mse": ("range", "error"),
-    "percentile": ("range", "histogram"),
 }
 
 
@@ -27,40 +29,32 @@ def calibrate(graph: GraphModule, batches: Sequence[Tensor], observer: Observer)
     """Set every quantizer of `graph` from `batches`.
 
     Args:
-        batches: inputs of (N, ...), passed through once ("minmax", "moving-average") or twice.
-        observer: how the range of an activation is found:
-
-            - "minmax": the whole range;
-            - "moving-average": that of a batch, averaged over batches (Jacob et al. 2018 §3.1,
-              arXiv:1712.05877), the newest one with a weight of 0.1;
-            - "percentile": without the 0.01 % of values at either end;
-            - "mse": the share of the whole range that gives the least squared error of the tensor
-              itself.
-
-            Weights have no outliers of a batch: "mse" treats them alike, with the others they keep
-            their whole range.
+        batches: inputs of (N, ...), passed through once, or twice for "mse".
+        observer: "minmax" takes the whole range; "moving-average" of each batch's range a tenth
+            (Jacob et al. 2018 §3.1, arXiv:1712.05877); "percentile" leaves out the outer 0.01 % on
+            either side; "mse" takes the share of the range that gives the least squared error of
+            the tensor itself. Weights, which do not vary, have their whole range, or "mse".
 
     Raises:
         DataError: there are no batches.
-        RecipeError: no such observer.
+        RecipeError: there is no such observer.
     """
     if not batches:
         raise DataError("no samples to calibrate with: the data gave no batch")
-    if observer not in PASSES:
-        raise RecipeError(f"no observer {observer!r}{nearest(observer, PASSES)}")
-    placed = quantizers(graph)
+    if observer not in MODES:
+        raise RecipeError(f"no observer {observer!r}{nearest(observer, MODES)}")
     activations = set(quantized_activations(graph))
-    modes = PASSES[observer]
-    with torch.no_grad(), Progress("calibrating", len(modes) * len(batches)) as progress:
-        for mode in modes:
-            for name, quantizer in placed.items():
-                quantizer.mode = mode if name in activations or observer == "mse" else "range"
+    with torch.no_grad(), Progress("calibrating", len(MODES[observer]) * len(batches)) as progress:
+        for mode in MODES[observer]:
+            for name, quantizer in quantizers(graph).items():
+                varies = name in activations or mode == "error"
+                quantizer.mode = mode if varies else "range"
             for x in batches:
                 graph(x)
-                for quantizer in placed.values():
+                for quantizer in quantizers(graph).values():
                     quantizer.end_batch()
                 progress.advance()
-    for quantizer in placed.values():
+    for quantizer in quantizers(graph).values():
         quantizer.start()
     settle(graph)
 

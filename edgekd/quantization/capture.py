@@ -70,6 +70,11 @@ def arguments(node: Node) -> tuple[Any, ...]:
     return tuple(node.args)
 
 
+def groups_of(node: Node) -> int:
+    """Of a convolution, whose seventh argument it is; 1 of a linear layer."""
+    return int(arguments(node)[6]) if len(node.args) > 6 else 1
+
+
 def tensor_of(graph_module: GraphModule, node: Node | None) -> Tensor | None:
     """The parameter or buffer that a get_attr node reads."""
     if node is None:
@@ -193,9 +198,8 @@ def fold_batchnorm(graph_module: GraphModule) -> int:
             factor = factor * gamma.double()
         shift = (bias.double() if bias is not None else 0.0) - mean.double()
         new_bias = shift * factor + (beta.double() if beta is not None else 0.0)
-        groups = layer.args[6] if WEIGHTED[layer.target] == 1 and len(layer.args) > 6 else 1
         with torch.no_grad():
-            weight.copy_(_scaled(weight, factor, WEIGHTED[layer.target], groups))
+            weight.copy_(_scaled(weight, factor, WEIGHTED[layer.target], groups_of(layer)))
         if bias is not None:
             with torch.no_grad():
                 bias.copy_(new_bias)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from edgekd.quantization.capture import arguments
+from edgekd.quantization.capture import arguments, groups_of
 from edgekd.quantization.layers import Layer, layers
 from edgekd.quantization.placement import upper_bound
 
@@ -32,7 +32,7 @@ MOST_ROUNDS = 20
 Side = Literal["in", "out"]
 
 
-def equalize_layers(graph: GraphModule) -> int:
+def equalize(graph: GraphModule) -> int:
     """Equalize each pair of layers of a captured float graph, in place; return how many pairs.
 
     A pair is a convolution (of any kind) or linear layer and the next one, with nothing but ReLU,
@@ -109,7 +109,7 @@ def _by_group(layer: Layer, side: Side) -> tuple[Tensor, int]:
     """The weight as (groups, a, b, rest) in float64, and which of a and b is not of that side."""
     weight = layer.weight.detach().double()
     other = 2 if (layer.axis == 0) == (side == "out") else 1
-    return weight.reshape(layer.groups, -1, weight.shape[1], weight[0, 0].numel()), other
+    return weight.reshape(groups_of(layer.node), -1, weight.shape[1], weight[0, 0].numel()), other
 
 
 def _ranges(layer: Layer, side: Side) -> Tensor:
@@ -121,5 +121,5 @@ def _ranges(layer: Layer, side: Side) -> Tensor:
 def _multiply(layer: Layer, side: Side, factor: Tensor) -> None:
     """The weights of each input or output channel times `factor`, (C,)."""
     weight, other = _by_group(layer, side)
-    by_channel = factor.view(layer.groups, -1).unsqueeze(other).unsqueeze(3)
+    by_channel = factor.view(groups_of(layer.node), -1).unsqueeze(other).unsqueeze(3)
     layer.weight.copy_((weight * by_channel).reshape(layer.weight.shape))

@@ -12,19 +12,18 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchao.quantization.pt2e import FakeQuantizeBase
 
-Observer = Literal["minmax", "moving-average", "mse", "percentile"]
-Mode = Literal["range", "average", "error", "histogram", "quantize"]
+Observer = Literal["minmax", "moving-average", "percentile", "mse"]
 MIN_SCALE = 1e-9
 # Candidate clipping ranges of the "mse" observer, as a share of the observed range.
 SHRINK = torch.linspace(0.3, 1.0, 36)
-SAMPLE = 1 << 16  # elements of a tensor and batch that the "mse" observer looks at
-MOMENTUM = 0.1  # weight of the newest batch in the "moving-average" observer's range
-TAIL = 1e-4  # share of the values that the "percentile" observer leaves out at either end
-BINS = 1 << 14  # of its histogram: 64 for each of 256 integers
+SAMPLE = 1 << 16  # elements of a tensor and batch that "mse" and "percentile" look at
+AVERAGED = 0.1  # share of the newest batch in "moving-average"
+PERCENTILE = 0.9999
 
 
 class _LearnedStep(torch.autograd.Function):
@@ -91,6 +90,11 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return product
 
 
+def _strided(rows: Tensor) -> Tensor:
+    """About SAMPLE elements of each row, evenly spaced; (C, n) in and out."""
+    return rows[:, :: max(1, rows.shape[1] // SAMPLE)]
+
+
 class FakeQuant(FakeQuantizeBase):  # type: ignore[misc]  # torchao ships no types
     """Quantize-dequantize of one tensor, per tensor or per channel.
 
@@ -129,7 +133,7 @@ class FakeQuant(FakeQuantizeBase):  # type: ignore[misc]  # torchao ships no typ
         self.ch_axis = ch_axis
         self.qscheme = torch.per_tensor_affine if channels is None else torch.per_channel_symmetric
         self.max_value = max_value
-        self.mode: Mode = "quantize"
+        self.mode: Literal["range", "average", "sample", "error", "quantize"] = "quantize"
         shape = () if channels is None else (channels,)
         self.scale = nn.Parameter(torch.ones(shape))
         self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int32))
@@ -137,7 +141,7 @@ class FakeQuant(FakeQuantizeBase):  # type: ignore[misc]  # torchao ships no typ
         self._range: tuple[Tensor, Tensor] | None = None
         self._average: tuple[Tensor, Tensor] | None = None
         self._error: Tensor | None = None
-        self._histogram: Tensor | None = None
+        self._samples: list[Tensor] = []
 
     def forward(self, x: Tensor) -> Tensor:
         """x̂ of x's shape; while calibrating, x itself."""
@@ -151,8 +155,8 @@ class FakeQuant(FakeQuantizeBase):  # type: ignore[misc]  # torchao ships no typ
         with torch.no_grad():
             if self.mode == "error":
                 self._observe_error(x)
-            elif self.mode == "histogram":
-                self._observe_histogram(x)
+            elif self.mode == "sample":
+                self._samples.append(_strided(self._channels_first(x)))
             else:
                 self._observe_range(x)
         return x
@@ -177,9 +181,18 @@ class FakeQuant(FakeQuantizeBase):  # type: ignore[misc]  # torchao ships no typ
             low, high = torch.minimum(low, self._range[0]), torch.maximum(high, self._range[1])
         self._range = (low, high)
 
+    def end_batch(self) -> None:
+        """Average what this batch showed, be it several tensors that share the scale."""
+        if self.mode == "average" and self._range is not None:
+            old, new = self._average or self._range, self._range
+            self._average = (
+                torch.lerp(old[0], new[0], AVERAGED),
+                torch.lerp(old[1], new[1], AVERAGED),
+            )
+            self._range = None
+
     def _observe_error(self, x: Tensor) -> None:
-        rows = self._channels_first(x)
-        rows = rows[:, :: max(1, rows.shape[1] // SAMPLE)]
+        rows = _strided(self._channels_first(x))
         errors = []
         for share in SHRINK.tolist():
             scale, zero = (t[:, None] for t in self._qparams(share))
@@ -187,34 +200,6 @@ class FakeQuant(FakeQuantizeBase):  # type: ignore[misc]  # torchao ships no typ
             errors.append((((q - zero) * scale - rows) ** 2).sum(1))
         error = torch.stack(errors)
         self._error = error if self._error is None else self._error + error
-
-    def _observe_histogram(self, x: Tensor) -> None:
-        assert self._range is not None
-        low, high = map(float, self._range)
-        # in parts: float32 counts one by one up to 2²⁴ only
-        for part in torch.split(x.float().reshape(-1), 1 << 24):
-            counts = torch.histc(part, BINS, low, high).double()
-            self._histogram = counts if self._histogram is None else self._histogram + counts
-
-    def _without_tails(self) -> tuple[Tensor, Tensor]:
-        """The range between the two percentiles, outwards to the histogram's next edges."""
-        assert self._range is not None and self._histogram is not None
-        low, high = self._range
-        below = self._histogram.cumsum(0) / self._histogram.sum()
-        width = (high - low) / BINS
-        first, last = (below <= TAIL).sum(), (below < 1 - TAIL).sum() + 1
-        return (low + first * width).clamp(max=0), (low + last * width).clamp(min=0)
-
-    def end_batch(self) -> None:
-        """Behind a batch, of which one quantizer may have seen several tensors."""
-        if self.mode != "average" or self._range is None:
-            return
-        new, old = self._range, self._average or self._range
-        self._average = (
-            (1 - MOMENTUM) * old[0] + MOMENTUM * new[0],
-            (1 - MOMENTUM) * old[1] + MOMENTUM * new[1],
-        )
-        self._range = None
 
     def _qparams(self, share: Tensor | float) -> tuple[Tensor, Tensor]:
         """Scale and zero point for `share` of the observed range, rows of `_range`."""
@@ -233,8 +218,12 @@ class FakeQuant(FakeQuantizeBase):  # type: ignore[misc]  # torchao ships no typ
         self.mode = "quantize"
         if self._average is not None:
             self._range = self._average
-        elif self._histogram is not None:
-            self._range = self._without_tails()
+        if self._samples:
+            # NumPy's: torch's takes 2²⁴ elements at most
+            rows = torch.cat(self._samples, 1).cpu().numpy()
+            ends = np.quantile(rows, [1 - PERCENTILE, PERCENTILE], axis=1)
+            low, high = torch.from_numpy(ends).to(self.scale)
+            self._range = low.clamp(max=0), high.clamp(min=0)
         if self._range is None:
             return False
         share: Tensor | float = 1.0
@@ -245,7 +234,8 @@ class FakeQuant(FakeQuantizeBase):  # type: ignore[misc]  # torchao ships no typ
             self.scale.copy_(scale.reshape(self.scale.shape))
             self.zero_point.copy_(zero.reshape(self.scale.shape).to(torch.int32))
             self.bound_scale()
-        self._range = self._average = self._error = self._histogram = None
+        self._range = self._average = self._error = None
+        self._samples = []
         return True
 
     # ---- training and conversion -------------------------------------------------------------

@@ -48,13 +48,6 @@ class Layer:
         """Of the output: 1, but the last one for a linear layer over (N, ..., C)."""
         return -1 if self.node.target is torch.ops.aten.linear.default else 1
 
-    @property
-    def groups(self) -> int:
-        """Of a convolution; 1 of a linear layer."""
-        names = [argument.name for argument in self.node.target._schema.arguments]  # type: ignore[union-attr]  # an operator
-        given = dict(zip(names, arguments(self.node), strict=False)) | self.node.kwargs
-        return int(given.get("groups", 1))
-
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
         """The output for `x` with `weight` in place of the layer's own."""
         y: Tensor = self.node.target(  # type: ignore[operator]  # an operator

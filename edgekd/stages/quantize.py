@@ -18,7 +18,7 @@ from edgekd.network import Network
 from edgekd.quantization.bias_correction import correct_biases
 from edgekd.quantization.calibration import calibrate, settle
 from edgekd.quantization.capture import capture
-from edgekd.quantization.equalization import equalize_layers
+from edgekd.quantization.equalization import equalize
 from edgekd.quantization.fake_quant import Observer
 from edgekd.quantization.layers import stored_tensors
 from edgekd.quantization.placement import describe, left_in_float, place, quantizers
@@ -41,7 +41,7 @@ def quantize(
     epochs: int = 0,
     calibration: int = 512,
     observer: Observer = "mse",
-    equalize: bool = False,
+    equalized: bool = False,
     adaround: int = 0,
     correct_bias: bool = False,
     float_layers: Collection[str] = (),
@@ -69,12 +69,13 @@ def quantize(
         target: a Target or its name; its scheme says what runs in integers.
         data: a Data, or batches; their inputs calibrate, and train if `epochs`.
         calibration: samples to set the first scales from.
-        observer: "mse", "minmax", "moving-average" or "percentile", see `calibrate`.
-        equalize: neighbouring layers share out their channels' ranges first; see
-            `equalize_layers`. Feature maps between them are scaled for hints, too.
-        adaround: iterations for each layer in which its weights learn to round up or down; 0:
-            they are rounded to nearest. See `round_weights`.
-        correct_bias: biases make up for the mean error of their layer, see `correct_biases`.
+        observer: "minmax", "moving-average", "percentile" or "mse", see `calibrate`.
+        equalized: balance the weights of consecutive layers first, see `equalize`; feature maps
+            between them are scaled for hints, too.
+        adaround: iterations for each layer in which its weights learn to round up or down, see
+            `round_weights`; 0: they are rounded to nearest.
+        correct_bias: take the mean error of each layer's outputs out of its biases, see
+            `correct_biases`.
         float_layers: layers that stay in float, by their module's path.
         max_drop: the fewest further layers stay in float for which the metric drops by this or
             less, as a share of 1, before any training; see `mixed_precision`. With a `run`, the
@@ -100,7 +101,7 @@ def quantize(
         raise RecipeError(f"quantize: adaround is {adaround}; give iterations, or 0 for none")
     on = fabric(accelerator)
     inputs = [x.to(on.device) for x in _calibration_inputs(data, calibration)]
-    student = _calibrated(net, target, float_layers, inputs, observer, equalize)
+    student = _calibrated(net, target, float_layers, inputs, observer, equalized)
     if max_drop is not None:
         table = mixed_precision(
             net, student, max_drop=max_drop, data=data, task=task, inputs=inputs,
@@ -112,7 +113,7 @@ def quantize(
             write_atomically(run.path / "sensitivity.json", table.model_dump_json(indent=1))
         if table.in_float:
             float_layers = (*float_layers, *table.in_float)
-            student = _calibrated(net, target, float_layers, inputs, observer, equalize)
+            student = _calibrated(net, target, float_layers, inputs, observer, equalized)
     graph = student.module
     assert isinstance(graph, GraphModule)
     if floating := left_in_float(graph):
@@ -142,14 +143,14 @@ def _calibrated(
     float_layers: Collection[str],
     inputs: Sequence[Tensor],
     observer: Observer,
-    equalize: bool = False,
+    equalized: bool = False,
 ) -> Network:
     """`net` in the integers of `target`'s scheme, its scales from `inputs`."""
     assert target.scheme is not None
-    captured = capture(net.module, net.io.example(2))
-    if equalize:
-        equalize_layers(captured)
-    graph = place(captured, target.scheme, float_layers)
+    graph = capture(net.module, net.io.example(2))
+    if equalized:
+        equalize(graph)
+    graph = place(graph, target.scheme, float_layers)
     if not quantizers(graph):
         raise ModelError(
             f"{net!r} has no operator that {target.name} runs in integers "

@@ -11,8 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from edgekd.network import Network
 from edgekd.quantization.capture import capture
-from edgekd.quantization.equalization import equalize_layers
+from edgekd.quantization.equalization import equalize
+from edgekd.stages.quantize import quantize
+from edgekd.target import Target
 
 
 def uneven(module: nn.Module) -> nn.Module:
@@ -65,7 +68,7 @@ def test_the_network_computes_the_same(make: Callable[[], nn.Module]):
     x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
     graph = capture(module, (x,))
     before = {name: p.detach().clone() for name, p in graph.named_parameters()}
-    assert equalize_layers(graph) == 2
+    assert equalize(graph) == 2
     torch.testing.assert_close(graph(x), module(x), rtol=1e-10, atol=0)
     weights = [name for name in before if name.endswith("weight")]
     assert all(not torch.allclose(before[w], graph.get_parameter(w)) for w in weights)
@@ -76,7 +79,7 @@ def test_neighbours_end_with_equal_ranges():
     module = uneven(nn.Sequential(nn.Linear(5, 8, bias=False), nn.ReLU(), nn.Linear(8, 3)))
     graph = capture(module, (torch.zeros(2, 5),))
     expected = [p.detach().numpy().copy() for p in (module[0].weight, module[2].weight)]
-    equalize_layers(graph)
+    equalize(graph)
     # eq. 9 to 11 of the paper: both become sqrt(r1 · r2)
     both = np.sqrt(np.abs(expected[0]).max(1) * np.abs(expected[1]).max(0))
     found: list[NDArray[np.float32]] = [
@@ -103,7 +106,7 @@ def test_one_step_for_a_tensor_hurts_less():
     def error(equalized: bool) -> float:
         graph = capture(module, (x,))
         if equalized:
-            equalize_layers(graph)
+            equalize(graph)
         with torch.no_grad():
             for name, weight in graph.named_parameters():
                 if name.endswith("weight"):
@@ -129,7 +132,7 @@ def test_one_step_for_a_tensor_hurts_less():
 def test_what_does_not_scale_is_left_alone(module: nn.Module):
     graph = capture(module, (torch.zeros(2, 3, 8, 8),))
     before = copy.deepcopy(graph.state_dict())
-    assert equalize_layers(graph) == 0
+    assert equalize(graph) == 0
     assert all(torch.equal(before[name], t) for name, t in graph.state_dict().items())
 
 
@@ -143,7 +146,7 @@ def test_shared_weights_and_read_tensors_are_left_alone():
             x = self.a(x)
             return x + self.c(self.b(self.b(x)).relu())
 
-    assert equalize_layers(capture(Module(), (torch.zeros(2, 4, 8, 8),))) == 0
+    assert equalize(capture(Module(), (torch.zeros(2, 4, 8, 8),))) == 0
 
 
 def test_a_channel_that_is_all_bias_does_not_grow():
@@ -154,7 +157,23 @@ def test_a_channel_that_is_all_bias_does_not_grow():
         module[0].bias[1] = 5.0
         module[0].weight[2], module[0].bias[2] = 0.0, 0.0
     graph = capture(module, (torch.zeros(2, 3, 8, 8),))
-    equalize_layers(graph)
+    equalize(graph)
     bias = graph.get_parameter("0.bias")
     assert torch.isfinite(bias).all()
     assert bias.abs().max() <= 5.0
+
+
+def test_one_step_for_a_weight_costs_less_in_integers(host: Target):
+    assert host.scheme is not None
+    scheme = host.scheme.model_copy(update={"weight_granularity": "tensor"})
+    target = host.model_copy(update={"scheme": scheme})
+    torch.manual_seed(0)
+    module, x = uneven(headed()), torch.randn(32, 3, 8, 8)
+    net = Network(module, x[:1])
+
+    def error(equalized: bool) -> float:
+        q = quantize(net, target=target, data=[x], equalized=equalized, accelerator="cpu")
+        with torch.no_grad():
+            return float((q(x) - module(x)).square().mean())
+
+    assert error(True) < error(False) / 3

@@ -308,7 +308,7 @@ TRANSPOSED = {  # for schemes with "conv_transpose"
 @pytest.mark.parametrize("name", [*CASES, *TRANSPOSED])
 def test_which_tensors_are_quantized(name: str, scheme: QuantScheme):
     case = (CASES | TRANSPOSED)[name]
-    scheme = scheme.model_copy(update={"ops": (*scheme.ops, "conv_transpose")})
+    scheme = scheme.model_copy(update={"ops": (*scheme.ops, "matmul", "conv_transpose")})
     graph = place(graph_of(case.function, case.shape), scheme)
     assert quantized_activations(graph) == case.activations
     assert sharing(graph) == case.shared

@@ -44,7 +44,7 @@ def test_post_training_keeps_the_networks_answers(trained: Network, batches: Bat
         assert not torch.allclose(net(batches[0][0]), trained(batches[0][0]), atol=1e-4)
 
 
-ALL = {"observer": "percentile", "equalize": True, "adaround": 30, "correct_bias": True}
+ALL = {"observer": "percentile", "equalized": True, "adaround": 30, "correct_bias": True}
 
 
 @pytest.mark.parametrize("name", ["host-onnxruntime", "jetson-orin-nano"])
