@@ -121,16 +121,24 @@ def bench(name: str, rounds: int) -> dict[str, Any]:
     data = noise(size)
     with TemporaryDirectory() as folder:
         made = arms(make, size, Path(folder))
-        seconds: dict[str, list[float]] = {arm: [] for arm in made}
-        for _ in range(rounds + 1):
-            for arm, (net, terms, keyed) in made.items():
-                began = time.process_time()
-                fit(
-                    net, terms=terms, data=data, keyed=keyed, epochs=1, batch_size=BATCH, lr=1e-4,
-                    weight_decay=0.0, seed=0, on=fabric("cpu"), label=arm, run=None,
-                )  # fmt: skip
-                seconds[arm].append((time.process_time() - began) / STEPS)
-    seconds = {arm: times[1:] for arm, times in seconds.items()}  # the first round warms up
+
+        def step_s(arm: str) -> float:
+            net, terms, keyed = made[arm]
+            began = time.process_time()
+            fit(
+                net, terms=terms, data=data, keyed=keyed, epochs=1, batch_size=BATCH, lr=1e-4,
+                weight_decay=0.0, seed=0, on=fabric("cpu"), label=arm, run=None,
+            )  # fmt: skip
+            return (time.process_time() - began) / STEPS
+
+        for arm in list(made):  # warm up
+            try:
+                step_s(arm)
+            except RuntimeError as error:
+                print(f"{arm} cannot be trained: {str(error).splitlines()[0]}")
+                del made[arm]
+        rows = [{arm: step_s(arm) for arm in made} for _ in range(rounds)]
+    seconds = {arm: [row[arm] for row in rows] for arm in made}
     ratios = {
         arm: [a / b for a, b in zip(times, seconds["plain"], strict=True)]
         for arm, times in seconds.items()
