@@ -10,6 +10,7 @@ that `convert_pt2e` puts in its place, operation by operation, so both give the 
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import numpy as np
@@ -92,7 +93,10 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 def _strided(rows: Tensor) -> Tensor:
     """About SAMPLE elements of each row, evenly spaced; (C, n) in and out."""
-    return rows[:, :: max(1, rows.shape[1] // SAMPLE)]
+    step = max(1, rows.shape[1] // SAMPLE)
+    while math.gcd(step, rows.shape[1]) > 1:  # else it may meet one column of each image only
+        step += 1
+    return rows[:, ::step]
 
 
 class FakeQuant(FakeQuantizeBase):  # type: ignore[misc]  # torchao ships no types

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
-from edgekd.quantization.fake_quant import MIN_SCALE, FakeQuant
+from edgekd.quantization.fake_quant import MIN_SCALE, FakeQuant, _strided
 
 # (dtype, symmetric, bits) -> (lowest, highest integer) as the schemes of the targets want them
 RANGES = {
@@ -285,6 +285,11 @@ def test_minmax_takes_the_whole_range(kind: Kind, shift: float):
     scale, zero = minmax_in_numpy(everything.min(), everything.max(), kind)
     assert made.scale.item() == pytest.approx(scale, rel=1e-6)
     assert made.zero_point.item() == zero
+
+
+def test_a_sample_of_a_large_tensor_meets_every_column():
+    x = torch.arange(32.0).expand(64, 8, 32, 32)  # 8 times as many elements as are looked at
+    assert set(_strided(x.reshape(1, -1))[0].tolist()) == set(range(32))
 
 
 def test_minmax_per_channel_takes_each_channels_range():
