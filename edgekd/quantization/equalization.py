@@ -79,7 +79,7 @@ def _scales(node: Node) -> bool:
     """Whether f(s·x) = s·f(x) for each channel, which is on axis 1 before and behind it."""
     if node.target is aten.flatten.using_ints:
         source, *axes = arguments(node)
-        return axes == [1] and math.prod(source.meta["val"].shape[2:]) == 1
+        return axes in ([1], [1, -1]) and math.prod(source.meta["val"].shape[2:]) == 1
     if node.target in POOLS:
         return _rank(node) == 4
     return node.target is aten.leaky_relu.default or upper_bound(node) == math.inf

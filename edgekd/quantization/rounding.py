@@ -41,7 +41,8 @@ def round_weights(
 
     Args:
         floats: the float network's weights, see `walk`.
-        batches: inputs of (N, ...), of which `walk` keeps what fits into memory.
+        batches: inputs of (N, ...), of which `walk` keeps what fits into memory; a layer's own
+            inputs and outputs are there twice.
         iterations: of Adam for each layer.
     """
     generator = torch.Generator().manual_seed(seed)

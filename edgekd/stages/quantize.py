@@ -120,10 +120,12 @@ def quantize(
         console.print(f"quantize: in float stay {describe(floating)}")
     if adaround or correct_bias:
         floats = stored_tensors(graph.to(on.device))
-        if adaround:
-            round_weights(graph, floats, inputs, iterations=adaround, seed=seed)
+        # Biases first. Rounding minds the output behind the activation only, so that errors where
+        # it clips mean nothing; to correct their mean costs EfficientNet-Lite0 3.5 dB of SQNR.
         if correct_bias:
             correct_biases(graph, floats, inputs)
+        if adaround:
+            round_weights(graph, floats, inputs, iterations=adaround, seed=seed)
         graph.to("cpu")
     if epochs:
         learn(
