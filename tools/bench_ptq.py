@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -111,8 +111,8 @@ def as_data(batches: list[Tensor]) -> Data:
     return Data("photos", {"train": images, "test": images}, ("photo",), half, ("flip", "crop"))
 
 
-def agreement(path: Path) -> dict[str, Any]:
-    """Every arm on the held-out photos."""
+def agreement(path: Path, only: Sequence[str], kept: list[dict[str, Any]]) -> dict[str, Any]:
+    """Every arm on the held-out photos; or `only` some, beside the rows `kept` of the others."""
     batches = photos(path)
     size = len(batches[0])
     calibration, held_out = batches[: CALIBRATION // size], batches[LEARNT // size :]
@@ -123,12 +123,15 @@ def agreement(path: Path) -> dict[str, Any]:
     common: dict[str, Any] = {"data": calibration, "calibration": CALIBRATION, "target": ORT}
     ours = {
         "edgekd, post-training": lambda: edgekd.quantize(net, **common),
+        "edgekd, post-training, biases corrected": lambda: edgekd.quantize(
+            net, **common, correct_bias=True
+        ),
         "edgekd, distilled without labels": lambda: edgekd.quantize(
             net, **common | {"data": as_data(batches[: LEARNT // size])}, teacher=net,
             epochs=EPOCHS, batch_size=BATCH, lr=LR,
         ),
     }  # fmt: skip
-    rows = []
+    rows = [row for row in kept if only and row["arm"] not in only]
 
     def add(arm: str, target: str, file: Path) -> None:
         n, differ = sum(map(len, held_out)), disagreements(file, target, held_out, wanted)
@@ -143,8 +146,12 @@ def agreement(path: Path) -> dict[str, Any]:
         fp32 = edgekd.export(net, target=ORT, out=folder / "fp32").path
         for target, peers in PEERS.items():
             for arm, (peer, file) in peers.items():
+                if only and arm not in only:
+                    continue
                 add(arm, target, peer(fp32, calibration, folder / file))
         for index, (arm, make) in enumerate(ours.items()):
+            if only and arm not in only:
+                continue
             quantized = make()
             for target in PEERS:
                 artifact = edgekd.export(quantized, target=target, out=folder / f"{index}-{target}")
@@ -204,13 +211,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--photos", type=Path, help="zip of 256 × 256 JPEGs")
     parser.add_argument("--agreement", action="store_true")
+    parser.add_argument("--arms", nargs="*", default=[], help="only these of the agreement")
     parser.add_argument("--latency", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(1)
     result = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     if options.agreement:
-        result["agreement"] = agreement(options.photos)
+        kept = result.get("agreement", {}).get("rows", [])
+        result["agreement"] = agreement(options.photos, options.arms, kept)
     if options.latency:
         result["latency"] = latency(options.rounds)
     write_atomically(RESULT, json.dumps(result, indent=1))
