@@ -62,6 +62,19 @@ class Two(nn.Module):
         return {"y": y, "mean": y.mean((2, 3))} if self.kind is dict else (y, y.mean((2, 3)))
 
 
+def test_inputs_may_come_by_name_in_any_order():
+    a, b = torch.randn(2, 3, 8, 8), torch.randn(2, 4, 8, 8)
+    net = Network(Two(tuple), {"b": b, "a": a})
+    assert [(i.name, i.shape) for i in net.io.inputs] == [("a", (3, 8, 8)), ("b", (4, 8, 8))]
+    got, wanted = net.program().module()(a, b), net(a, b)
+    assert all(torch.allclose(x, y, atol=1e-6) for x, y in zip(got, wanted, strict=True))
+
+
+def test_inputs_by_names_that_forward_has_not_are_refused():
+    with pytest.raises(ModelError, match=r"Two\.forward takes a, b; .* are a, c: name its first"):
+        Network(Two(tuple), {"a": torch.zeros(1, 3, 8, 8), "c": torch.zeros(1, 4, 8, 8)})
+
+
 @pytest.mark.parametrize(
     ("kind", "names"), [(dict, ("y", "mean")), (tuple, ("output0", "output1"))]
 )

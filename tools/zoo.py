@@ -330,7 +330,7 @@ def write_tables() -> None:
 def main() -> None:
     """Run what is missing, two at a time; write the tables."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("library", nargs="?", choices=("torchvision", "timm"))
+    parser.add_argument("collection", nargs="?", choices=("torchvision", "timm"))
     parser.add_argument("--models", nargs="*", help="only these")
     parser.add_argument("--schemes", nargs="*", default=SCHEMES)
     parser.add_argument("--again", action="store_true", help="also what has a result, or failed")
@@ -343,21 +343,21 @@ def main() -> None:
     options = parser.parse_args()
     if options.child:
         name, scheme, path = options.child
-        child(options.library, name, scheme, Path(path), options.memory_gib)
+        child(options.collection, name, scheme, Path(path), options.memory_gib)
         return
-    if options.library and not options.tables:
+    if options.collection and not options.tables:
         began = time.monotonic()
-        chosen = options.models or names(options.library)
+        chosen = options.models or names(options.collection)
         jobs = [
             (name, scheme)
-            for name in sorted(chosen, key=lambda n: parameters(options.library, n))
+            for name in sorted(chosen, key=lambda n: parameters(options.collection, n))
             for scheme in options.schemes
-            if options.again or not (KEPT / options.library / f"{name}--{scheme}.json").exists()
+            if options.again or not (KEPT / options.collection / f"{name}--{scheme}.json").exists()
         ]
 
         def job(pair: tuple[str, str]) -> None:
             if time.monotonic() - began < 60 * options.minutes:
-                launch(options.library, *pair, options.timeout_s, options.memory_gib)
+                launch(options.collection, *pair, options.timeout_s, options.memory_gib)
 
         with ThreadPoolExecutor(options.processes) as pool:
             list(pool.map(job, jobs))
