@@ -204,7 +204,7 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no type
             output = shared
         elif kind == "pass":
             output = SharedQuantizationSpec((args[0], node))
-        elif self.scheme.outputs and not self._leaves(last, kind):
+        elif self.scheme.outputs and not (self._leaves(last, kind) or self._joins(last)):
             output = self._activation(last)
         if last is node:
             node.meta["quantization_annotation"] = QuantizationAnnotation(
@@ -225,15 +225,20 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no type
             return list(args[0])
         if kind not in ("add", "mul", "matmul"):
             return [args[0]]
-        terms = list(args[:2])
-        if kind == "add" and self.scheme.add_inputs == "skip":
-            # the main branch is the first term by convention; one convolution is fused, not two
-            fused = next((t for t in terms if self._ends_in_convolution(t)), None)
-            terms = [t for t in terms if t is not fused]
-        return terms
+        return [t for t in args[:2] if not (kind == "add" and self._joins(t))]
 
-    def _ends_in_convolution(self, node: Node) -> bool:
-        return self._kind(node) == "conv" and len(node.users) == 1
+    def _joins(self, node: Node) -> bool:
+        """Whether `node` is the convolution that the residual Add behind it is fused into.
+
+        The main branch is the first term by convention; one convolution is fused, not two.
+        """
+        if self.scheme.add_inputs != "skip" or len(node.users) != 1:
+            return False
+        (add,) = node.users
+        if self._kind(add) != "add":
+            return False
+        ends = (t for t in arguments(add)[:2] if self._kind(t) == "conv" and len(t.users) == 1)
+        return next(ends, None) is node
 
     def _leaves(self, node: Node, kind: Kind) -> bool:
         """A linear layer may give the network's output in float, reshaped or not."""
