@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor
+from torch.fx import GraphModule
 
 from edgekd.data.base import BatchSource, evaluation_batches, train_steps, training_batches
 from edgekd.errors import TrainingError
 from edgekd.network import Network
+from edgekd.quantization.placement import training_graph
 from edgekd.reporting.progress import Progress
 from edgekd.rundir import RunDir
 from edgekd.tasks.base import Score, Task
@@ -87,7 +89,11 @@ def fit(
         net.load_state(state["net"], "last.ckpt")
         learnt.load_state_dict(state["terms"])
         optimizer.load_state_dict(state["optimizer"])
-    module = on.setup_module(net.module)
+    trained = net.module
+    if net.scheme is not None:
+        assert isinstance(net.module, GraphModule)
+        trained = training_graph(net.module)
+    module = on.setup_module(trained)
     if any(True for _ in learnt.parameters()):
         terms = on.setup_module(learnt)
     stepper = on.setup_optimizers(optimizer)

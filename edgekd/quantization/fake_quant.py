@@ -37,9 +37,10 @@ class _LearnedStep(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, axis: int
-    ) -> Tensor:
-        ctx.axis = axis
+        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, axis: int,
+        clip: float | None,
+    ) -> Tensor:  # fmt: skip
+        ctx.axis, ctx.clip = axis, clip
         # LSQ §2.2: g = 1 / sqrt(N · Qp) puts the step of s on the scale of the weights' steps;
         # N counts the weights of the layer, or the features of one sample.
         count = x.numel() if scale.dim() else x.numel() // max(1, x.shape[0])
@@ -49,7 +50,7 @@ class _LearnedStep(torch.autograd.Function):
             s: Any = along(scale, x, axis)
         else:
             zero = int(zero_point)
-            ctx.range = low, high = low - zero, high - zero
+            ctx.range = low, high = low - zero if clip is None else 0, high - zero
             s = float(scale)
         y: Tensor = (x * (1.0 / s)).round_().clamp_(low, high).mul_(s)
         ctx.save_for_backward(x, y, scale)
@@ -65,17 +66,20 @@ class _LearnedStep(torch.autograd.Function):
             s = along(scale, x, ctx.axis)
             dx = torch.where((x >= low * s) & (x <= high * s), dy, 0.0)
             if not learns:
-                return dx, None, None, None, None, None
+                return (dx, *[None] * 6)
             other = [d for d in range(x.dim()) if d != ctx.axis]
             ds = (dy * y - dx * x).sum(other) / scale
         else:
             value = float(scale)
+            ends = low * value, high * value
+            if ctx.clip is not None:
+                ends = 0.0, min(ends[1], ctx.clip)
             # the gradient of a clip, as one fused kernel
-            dx = torch.ops.aten.hardtanh_backward(dy, x, low * value, high * value)
+            dx = torch.ops.aten.hardtanh_backward(dy, x, *ends)
             if not learns:
-                return dx, None, None, None, None, None
+                return (dx, *[None] * 6)
             ds = (_dot(dy, y) - _dot(dx, x)) / value
-        return dx, ds * ctx.gradient_scale, None, None, None, None
+        return (dx, ds * ctx.gradient_scale, *[None] * 5)
 
 
 def along(scale: Tensor, x: Tensor, axis: int) -> Tensor:
@@ -147,13 +151,18 @@ class FakeQuant(FakeQuantizeBase):  # type: ignore[misc]  # torchao ships no typ
         self._error: Tensor | None = None
         self._samples: list[Tensor] = []
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x̂ of x's shape; while calibrating, x itself."""
+    def forward(self, x: Tensor, clip: float | None = None) -> Tensor:
+        """x̂ of x's shape; while calibrating, x itself.
+
+        Args:
+            clip: of one scale for the tensor: x is clipped to 0 … clip as well, see
+                `placement.training_graph`. All of it costs one pass forward and one back.
+        """
         if self.mode == "quantize":
             if torch.is_grad_enabled() and self.scale.requires_grad:
                 self.bound_scale()
             y: Tensor = _LearnedStep.apply(
-                x, self.scale, self.zero_point, self.low, self.high, self.ch_axis
+                x, self.scale, self.zero_point, self.low, self.high, self.ch_axis, clip
             )
             return y
         with torch.no_grad():

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from edgekd.errors import ModelError
+from edgekd.quantization.calibration import calibrate
 from edgekd.quantization.capture import capture
 from edgekd.quantization.placement import (
     KINDS,
@@ -25,6 +26,8 @@ from edgekd.quantization.placement import (
     place,
     quantized_activations,
     quantizers,
+    training_graph,
+    upper_bound,
 )
 from edgekd.target import QuantScheme, Target
 
@@ -398,6 +401,38 @@ def test_of_a_residual_add_the_skip_alone(
     skip = scheme.model_copy(update={"add_inputs": "skip", "outputs": False})
     graph = place(graph_of(function, (4, 8, 8)), skip)
     assert quantized_activations(graph) == expected
+    # a runtime that quantizes outputs too has no quantizer inside the fused kernel either
+    inside = place(graph_of(function, (4, 8, 8)), skip.model_copy(update={"outputs": True}))
+    assert quantized_activations(inside) == [*expected, f"conv2d_{len(expected) - 1}"]
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("activation", [F.relu, F.relu6])
+def test_the_graph_that_is_trained_leaves_activations_to_quantizers(
+    activation: Callable[[Tensor], Tensor], symmetric: bool, scheme: QuantScheme
+):
+    if symmetric:
+        changes = {"activation_dtype": "int8", "activation_symmetric": True, "outputs": False}
+        scheme = scheme.model_copy(update=changes)
+    graph = place(
+        graph_of(
+            lambda m, x: m.b(activation(m.a(x))) + F.relu(m.depthwise(x)).sigmoid(), (4, 8, 8)
+        ),
+        scheme,
+    )
+    x = 4 * torch.randn(4, 4, 8, 8)
+    calibrate(graph, [2 * x], "minmax")
+    lean = training_graph(graph)
+    left = sum(upper_bound(node) is not None for node in lean.graph.nodes)
+    assert left == symmetric  # then no quantizer reads the one before the sigmoid
+
+    def run(module: GraphModule) -> list[Tensor]:
+        graph.zero_grad()
+        outputs = module(x)
+        outputs.square().sum().backward()
+        return [outputs.detach(), *(p.grad.clone() for p in graph.parameters())]
+
+    assert all(map(torch.equal, run(graph), run(lean)))
 
 
 @pytest.mark.parametrize(
