@@ -311,8 +311,9 @@ def place(
 def training_graph(placed: GraphModule) -> GraphModule:
     """The placed graph as it is trained; its parameters and quantizers are those of `placed`.
 
-    A ReLU or ReLU6 that only a quantizer reads is left to the quantizer, which clips anyway:
-    the same numbers and gradients with a pass less over the tensor each way, a tenth of a step.
+    A ReLU or ReLU6 that only a quantizer reads is left to the quantizer, which clips anyway: the
+    same numbers with a pass less over the tensor each way, a tenth of a step. Gradients are the
+    same too, but for a scale behind a ReLU6: above 6, it is the quantizer now that clips.
     """
     graph = copy.deepcopy(placed.graph)
     for node in list(graph.nodes):

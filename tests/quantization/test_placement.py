@@ -430,7 +430,9 @@ def test_the_graph_that_is_trained_leaves_activations_to_quantizers(
         graph.zero_grad()
         outputs = module(x)
         outputs.square().sum().backward()
-        return [outputs.detach(), *(p.grad.clone() for p in graph.parameters())]
+        # above 6, where ReLU6 clipped, the scale has LSQ's gradient of a clipped element
+        same = [p for p in graph.parameters() if p.dim() or activation is F.relu]
+        return [outputs.detach(), *(p.grad.clone() for p in same)]
 
     assert all(map(torch.equal, run(graph), run(lean)))
 
