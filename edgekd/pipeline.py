@@ -350,7 +350,6 @@ class _Run:
                     metric=None if metric is None else metric.value,
                     metric_ci95=None if metric is None else metric.ci95,
                     local=parity.local,
-                    worst_tensors=parity.worst_tensors[:10],
                     latency_p50_ms=None if measurement is None else measurement.p50_ms,
                     measurement=measurement,
                     ships=index == ships,

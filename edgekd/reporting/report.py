@@ -13,7 +13,7 @@ from rich.table import Table
 from edgekd.files import write_atomically
 from edgekd.latency.measuring import Measurement
 from edgekd.quantization.sensitivity import Sensitivity
-from edgekd.runtimes.base import CompileCheck, TensorDifference
+from edgekd.runtimes.base import CompileCheck
 from edgekd.runtimes.local_parity import LocalParity
 from edgekd.stages.verify import Gate
 
@@ -87,7 +87,6 @@ class ArtifactRow(_Row):
     gate: Gate
     reasons: tuple[str, ...]
     local: LocalParity | None
-    worst_tensors: tuple[TensorDifference, ...]
     compiled: CompileCheck | None
     latency_p50_ms: float | None
     measurement: Measurement | None
@@ -199,10 +198,6 @@ class Report(_Row):
                 )
             for reason in row.reasons:
                 console.print(f"{row.target} {row.precision} [bold]{row.gate}[/]: {escape(reason)}")
-            if row.worst_tensors:
-                console.print("  most different inside, in steps (mean, max):")
-            for worst in row.worst_tensors[:5]:
-                console.print(f"  {worst.tensor}: {worst.mean_steps:.3g}, {worst.max_steps:.3g}")
         console.print(f"{'all gates passed' if self.passed else 'NOT all gates passed'}")
         console.print(f"report: {escape(str(self.page_path))}", soft_wrap=True)
 

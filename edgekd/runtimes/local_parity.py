@@ -1,4 +1,4 @@
-"""Local parity: each quantized operator by itself, beside ONNX Runtime.
+"""Local parity: each quantized operator by itself, beside the runtime.
 
 End to end, one value that rounds to the other side moves everything behind it. Here the trained
 graph is computed tensor by tensor in float64, and each operator reads the integers that the runtime
@@ -7,14 +7,13 @@ are exact in float64, and biases are whole steps of the products where the devic
 int32 (`round_biases`), so the reference is the integer arithmetic itself.
 
 The runtime's integers are read behind their dequantizers: the zero points of signed and unsigned
-files are gone there, and a wrong scale shows. To show them leaves the fused kernels as they are
-(`OrtSession.lost_by_showing` counts those that it does not).
+files are gone there, and a wrong scale shows. To show them leaves the fused kernels as they are:
+the outputs are the same bits, and if not, the pass says so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,9 +28,8 @@ from edgekd.network import Network
 from edgekd.quantization.capture import arguments
 from edgekd.quantization.fake_quant import FakeQuant, along
 from edgekd.quantization.placement import quantized_activations
-from edgekd.runtimes.base import TensorDifference
+from edgekd.runtimes.base import Session, TensorDifference
 from edgekd.runtimes.onnx_graph import quantized_name
-from edgekd.runtimes.onnxruntime import OnnxRuntime, OrtSession
 from edgekd.target import QuantScheme, host_instruction_set
 
 SATURATING = ("avx2", "avx512f")  # they multiply u8 · i8 by vpmaddubsw, pairs summed in int16
@@ -76,14 +74,15 @@ class LocalParity(BaseModel):
     """Each operator of an INT8 artifact by itself, on the first `n` samples.
 
     Attributes:
-        as_written: the file without optimizations: quantize, dequantize and float operators.
+        as_written: the file without optimizations: quantize, dequantize and float operators; None
+            where the runtime always optimizes.
         as_shipped: with the fused integer kernels of this host; None where they are not the
             device's.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     n: int
-    as_written: LocalPass
+    as_written: LocalPass | None
     as_shipped: LocalPass | None
 
     @property
@@ -93,33 +92,35 @@ class LocalParity(BaseModel):
         return {name: ran for name, ran in named.items() if ran is not None}
 
 
-def local_parity(path: Path, net: Network, x: Tensor, *, shipped: bool) -> LocalParity:
-    """Run the artifact at `path` and compare each quantized operator with the trained graph's.
+def local_parity(
+    net: Network, x: Tensor, *, written: Session | None, shipped: Session | None
+) -> LocalParity:
+    """Run an artifact and compare each quantized operator with the trained graph's.
 
     Args:
         net: the quantized Network that it was exported from.
         x: (N, ...) inputs.
-        shipped: whether this host's kernels are the device's.
+        written: the artifact without optimizations, or None where the runtime has no such mode.
+        shipped: as the device runs it, or None where this host has not its kernels.
     """
     assert isinstance(net.module, GraphModule) and net.scheme is not None
     outputs = list(net.io.outputs)
     names = {a: quantized_name(a) for a in quantized_activations(net.module)}
     names |= _quantized_outputs(net)
 
-    def run(session: OrtSession, *, fused: bool) -> LocalPass:
+    def run(session: Session | None, *, fused: bool) -> LocalPass | None:
+        if session is None:
+            return None
         shown = session.tensors([x.numpy()], [*names.values(), *outputs])
         theirs = {tensor: shown[name] for tensor, name in names.items() if name in shown}
-        return _compare(net, x, theirs, [shown[name] for name in outputs], fused=fused)
+        ran = _compare(net, x, theirs, [shown[name] for name in outputs], fused=fused)
+        plain = session([x.numpy()])
+        if all(np.array_equal(a, shown[b]) for a, b in zip(plain, outputs, strict=True)):
+            return ran
+        cause = "with its tensors shown the artifact's outputs are others: kernels ran unfused"
+        return ran.model_copy(update={"causes": (*ran.causes, cause)})
 
-    threads = torch.get_num_threads()
-    as_written = run(OnnxRuntime().load(path, threads=threads, emulated=True), fused=False)
-    if not shipped:
-        return LocalParity(n=len(x), as_written=as_written, as_shipped=None)
-    session = OnnxRuntime().load(path, threads=threads)
-    as_shipped = run(session, fused=True)
-    if lost := session.lost_by_showing([*names.values()]):
-        cause = f"to show the tensors, {lost} kernels of the shipped graph ran unfused"
-        as_shipped = as_shipped.model_copy(update={"causes": (*as_shipped.causes, cause)})
+    as_written, as_shipped = run(written, fused=False), run(shipped, fused=True)
     return LocalParity(n=len(x), as_written=as_written, as_shipped=as_shipped)
 
 

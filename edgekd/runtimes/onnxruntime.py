@@ -83,46 +83,26 @@ class OrtSession:
         """Read off the graph as ONNX Runtime rewrote it; emulated: off the Q/DQ file."""
         if self._emulated:
             return integer_matrix_ops(onnx.load_from_string(self._model))
-        kinds = self._kernels(self._model)
-        integer = sum(kinds[kind] for kind in INTEGER_OPS)
-        return integer, integer + sum(kinds[kind] for kind in FLOAT_OPS)
-
-    def _kernels(self, model: bytes) -> Counter[str]:
-        """Operators of the graph as ONNX Runtime rewrites it -> how many."""
         with tempfile.TemporaryDirectory() as folder:
             options = self._options()
             options.optimized_model_filepath = f"{folder}/optimized.onnx"
-            self._open(model, options)
+            self._open(self._model, options)
             graph = onnx.load(options.optimized_model_filepath).graph
-        return Counter(node.op_type for node in graph.node)
+        kinds = Counter(node.op_type for node in graph.node)
+        integer = sum(kinds[kind] for kind in INTEGER_OPS)
+        return integer, integer + sum(kinds[kind] for kind in FLOAT_OPS)
 
     def tensors(self, inputs: Arrays, names: list[str]) -> dict[str, NDArray[np.float32]]:
         """Values of tensors by name; showing them may keep neighbours from fusing."""
-        model, shown = self._showing(names)
-        if not shown:  # `run` takes an empty list for all outputs
-            return {}
-        session = self._open(model, self._options())
-        values = session.run(shown, dict(zip(self._inputs, inputs, strict=True)))
-        return dict(zip(shown, values, strict=True))
-
-    def lost_by_showing(self, names: list[str]) -> int:
-        """How many kernels of the graph that runs are not in the one that shows these tensors.
-
-        Layouts do not count: outputs are NCHW, so kernels are surrounded by more Transposes.
-        """
-        plain, showing = (
-            Counter(kind.removeprefix("Nhwc") for kind in self._kernels(model).elements())
-            for model in (self._model, self._showing(names)[0])
-        )
-        return sum((plain - showing).values()) - (plain - showing)["Transpose"]
-
-    def _showing(self, names: list[str]) -> tuple[bytes, list[str]]:
-        """(the model with these tensors as outputs, those of them that it has)."""
         model = onnx.load_from_string(self._model)
         made = {name for node in model.graph.node for name in node.output}
         shown = [name for name in names if name in made]
+        if not shown:  # `run` takes an empty list for all outputs
+            return {}
         outputs = {output.name for output in model.graph.output}
         model.graph.output.extend(
             onnx.ValueInfoProto(name=name) for name in shown if name not in outputs
         )
-        return model.SerializeToString(), shown
+        session = self._open(model.SerializeToString(), self._options())
+        values = session.run(shown, dict(zip(self._inputs, inputs, strict=True)))
+        return dict(zip(shown, values, strict=True))

@@ -103,7 +103,8 @@ class OpenVinoSession:
         """Values of inner tensors by name; showing them may keep neighbours from fusing."""
         model = self._model.clone()
         known = {name for op in model.get_ordered_ops() for o in op.outputs() for name in o.names}
-        shown = [name for name in names if name in known]
-        model.add_outputs(shown)
-        results = list(self._compile(model)(list(inputs)).values())
-        return dict(zip(shown, map(np.array, results[len(self._model.outputs) :]), strict=True))
+        outputs = {name for o in model.outputs for name in o.names}
+        model.add_outputs([name for name in names if name in known - outputs])
+        results = self._compile(model)(list(inputs))
+        values = {name: np.array(v) for o, v in results.items() for name in o.names}
+        return {name: values[name] for name in names if name in values}

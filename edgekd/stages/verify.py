@@ -15,28 +15,21 @@ from edgekd.data.base import BatchSource, evaluation_batches
 from edgekd.errors import DataError, MissingPackageError
 from edgekd.network import Network
 from edgekd.quantization.fake_quant import FakeQuant
-from edgekd.quantization.placement import (
-    intended_matrix_ops,
-    quantized_activations,
-    quantizers,
-)
+from edgekd.quantization.placement import intended_matrix_ops
 from edgekd.reporting.progress import Progress
 from edgekd.runtimes.base import (
     Arrays,
     Artifact,
     CompileCheck,
     Session,
-    TensorDifference,
     get_runtime,
 )
 from edgekd.runtimes.local_parity import LocalParity, local_parity
-from edgekd.runtimes.onnx_graph import quantized_name
 from edgekd.runtimes.tensorrt import compile_check
 from edgekd.target import Precision, Target
 from edgekd.tasks.base import Score, Task, top1_agreement
 
 LOCAL_SAMPLES = 8  # local parity shows every tensor; a few samples have millions of elements
-SOUND_STEPS = 0.25  # mean difference of a tensor that rounding alone explains
 
 Gate = Literal["passed", "failed", "unchecked"]
 
@@ -58,9 +51,7 @@ class Parity(BaseModel):
         compiled: what a compiler for the target's kind of device makes of the file, where its
             kernels are not here; None where nothing can.
         reasons: why the gate is failed or unchecked.
-        local: each quantized operator by itself, of an INT8 artifact that ONNX Runtime runs.
-        worst_tensors: of a failed INT8 artifact that another runtime runs, its inner tensors, the
-            likeliest culprit first.
+        local: each quantized operator by itself, of an INT8 artifact.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -78,7 +69,6 @@ class Parity(BaseModel):
     gate: Gate
     reasons: tuple[str, ...] = ()
     local: LocalParity | None = None
-    worst_tensors: tuple[TensorDifference, ...] = ()
     compiled: CompileCheck | None = None
 
 
@@ -96,8 +86,8 @@ def verify(
 ) -> Parity:
     """Run the artifact and the Network over the whole test split and compare.
 
-    An INT8 artifact for ONNX Runtime is also compared operator by operator, on a few samples: end
-    to end alone, one value that rounds to the other side moves all that follows.
+    An INT8 artifact is also compared operator by operator, on a few samples: end to end alone, one
+    value that rounds to the other side moves all that follows.
 
     Args:
         task: its agreement and its metric; without one, outputs of (N, K) are compared by their
@@ -168,11 +158,13 @@ def verify(
                 f"{integer} matrix operators run in integers; only {intended} are meant to: the "
                 "runtime quantizes the others by itself"
             )
-        if runtime.name == "onnxruntime":
-            figures["local"] = local = local_parity(
-                artifact.path, net, first[:LOCAL_SAMPLES], shipped=not emulated
-            )
-            failed += _local_failures(local, local_exact)
+        written = session if emulated else None
+        if runtime.name == "onnxruntime" and not emulated:
+            written = runtime.load(artifact.path, threads=torch.get_num_threads(), emulated=True)
+        figures["local"] = local = local_parity(
+            net, first[:LOCAL_SAMPLES], written=written, shipped=None if emulated else session
+        )
+        failed += _local_failures(local, local_exact)
     else:
         figures["relative_error"] = max(
             float(np.abs(a - b).max() / max(float(np.abs(b).max()), 1e-30))
@@ -187,8 +179,6 @@ def verify(
         except MissingPackageError as error:
             unchecked.append(f"compile check: {error}")
     gate: Gate = "failed" if failed else "unchecked" if unchecked else "passed"
-    if failed and artifact.precision == "int8" and "local" not in figures:
-        figures["worst_tensors"] = rank_tensors(session, net, first)
     return Parity(
         **common, **figures, verifier=target.verifier, gate=gate,
         reasons=(*failed, *unchecked),
@@ -281,41 +271,3 @@ def _step(output: NDArray[np.float32], net: Network) -> float:
         if isinstance(quantizer, FakeQuant):
             return quantizer.scale.item()
     return max(float(np.abs(output).max()), 1e-30) / 127
-
-
-def rank_tensors(session: Session, net: Network, x: Tensor) -> tuple[TensorDifference, ...]:
-    """Quantized activations of `net` on the batch `x`, the likeliest culprit first.
-
-    Layers behind a wrong tensor often differ by more of their own, smaller steps than it does.
-    So the order is that of the jump over the worst tensor before it in the graph.
-    """
-    assert isinstance(net.module, GraphModule)
-    values: dict[str, tuple[Tensor, float]] = {}
-    names = quantized_activations(net.module)
-    calls = iter(names)  # a quantizer that several tensors share is called once for each
-
-    def keep(module: FakeQuant, _: Any, out: Tensor) -> None:
-        values[quantized_name(next(calls))] = out, module.scale.item()
-
-    handles = [
-        quantizer.register_forward_hook(keep)
-        for name, quantizer in quantizers(net.module).items()
-        if name in names
-    ]
-    try:
-        with torch.no_grad():
-            net(x)
-    finally:
-        for handle in handles:
-            handle.remove()
-    shown = session.tensors([x.numpy()], list(values))
-    ranked: list[tuple[float, TensorDifference]] = []
-    worst = SOUND_STEPS
-    for name, array in shown.items():
-        difference = TensorDifference.of(
-            name, np.abs(array - values[name][0].numpy()) / values[name][1]
-        )
-        ranked.append((difference.mean_steps / worst, difference))
-        worst = max(worst, difference.mean_steps)
-    ranked.sort(key=lambda pair: pair[0], reverse=True)
-    return tuple(difference for _, difference in ranked)

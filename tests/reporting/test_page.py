@@ -50,7 +50,7 @@ def artifact(**changes: object) -> ArtifactRow:
         "sha256": "abc", "verifier": "native", "metric": 0.89, "metric_ci95": (0.88, 0.9),
         "n": 1000, "agreement": 0.995, "max_steps": None, "mean_steps": None,
         "relative_error": 1e-6, "integer_share": None, "gate": "passed", "reasons": (),
-        "local": None, "worst_tensors": (), "compiled": None, "latency_p50_ms": None,
+        "local": None, "compiled": None, "latency_p50_ms": None,
         "measurement": None, "ships": True, "why": "the only one sound",
     }  # fmt: skip
     return ArtifactRow(**values | changes)
@@ -81,7 +81,6 @@ def report(**changes: object) -> Report:
                     tensors=4, of=5, elements=2000, exact=0.98, max_steps=9, worst=(WORST,),
                     first="relu (conv2d) is off", causes=(HOSTILE,)))),
             artifact(target="device", gate="failed", ships=False, why="", reasons=("too far off",),
-                     worst_tensors=(WORST,),
                      compiled=CompileCheck(tool="compiler", version="1", capability="SM86",
                                            integer=3, total=4)),
         ),

@@ -17,9 +17,8 @@ from edgekd.network import Network
 from edgekd.quantization.calibration import round_biases
 from edgekd.quantization.placement import quantized_activations, quantizers
 from edgekd.runtimes import local_parity as module
-from edgekd.runtimes.base import Artifact
+from edgekd.runtimes.base import Artifact, get_runtime
 from edgekd.runtimes.local_parity import LocalParity, local_parity
-from edgekd.runtimes.onnx_graph import quantized_name
 from edgekd.runtimes.onnxruntime import OnnxRuntime
 from edgekd.stages.export import export
 from edgekd.stages.quantize import quantize
@@ -27,6 +26,12 @@ from edgekd.target import Target
 
 Batches = list[tuple[Tensor, Tensor]]
 Change = Callable[[onnx.ModelProto], None]
+
+
+def local(path: Path, net: Network, x: Tensor, *, shipped: bool) -> LocalParity:
+    """Of a file for ONNX Runtime."""
+    written, fused = (OnnxRuntime().load(path, threads=1, emulated=e) for e in (True, False))
+    return local_parity(net, x, written=written, shipped=fused if shipped else None)
 
 
 def assert_sound(found: LocalParity) -> None:
@@ -46,7 +51,7 @@ def test_a_sound_artifact_is_exact_as_written_and_as_shipped(
 ):
     net: Network = request.getfixturevalue(name)
     artifact = export(net, target=host, out=tmp_path)
-    found = local_parity(artifact.path, net, batches[-1][0], shipped=True)
+    found = local(artifact.path, net, batches[-1][0], shipped=True)
     assert list(found.passes) == ["as written", "as shipped"]
     assert_sound(found)
     # every quantized activation, and the output, which is float
@@ -58,7 +63,7 @@ def test_a_sound_artifact_is_exact_as_written_and_as_shipped(
 def test_a_symmetric_scheme_with_float_biases(trained: Network, batches: Batches, tmp_path: Path):
     net = quantize(trained, target="jetson-orin-nano", data=batches, accelerator="cpu")
     artifact = export(net, target="jetson-orin-nano", out=tmp_path)
-    found = local_parity(artifact.path, net, batches[-1][0], shipped=False)
+    found = local(artifact.path, net, batches[-1][0], shipped=False)
     assert found.as_shipped is None
     assert_sound(found)
 
@@ -79,7 +84,7 @@ def test_signed_activations_export_to_both_flavours(
         model = onnx.load(path)
         zero = producer(model, convolution(model, 0).input[0]).input[2]
         assert constant(model, zero).dtype == dtype
-        assert_sound(local_parity(path, net, x, shipped=True))
+        assert_sound(local(path, net, x, shipped=True))
     np.testing.assert_array_equal(*outputs)
 
 
@@ -103,18 +108,28 @@ def test_several_outputs_and_an_activation_that_is_read_twice(host: Target, tmp_
     artifact = export(net, target=host, out=tmp_path)
     written = [output.name for output in onnx.load(artifact.path).graph.output]
     assert written == ["scores", "map"]  # the second one is dequantized, and keeps its name
-    assert_sound(local_parity(artifact.path, net, torch.randn(8, 3, 8, 8), shipped=True))
+    assert_sound(local(artifact.path, net, torch.randn(8, 3, 8, 8), shipped=True))
 
 
-def test_kernels_that_are_lost_by_showing_a_tensor_are_counted(
-    int8_artifact: Artifact, quantized: Network
+def test_openvinos_operators_are_exact_and_a_kernel_that_showing_unfuses_is_told(
+    trained: Network, batches: Batches, tmp_path: Path
 ):
-    session = OnnxRuntime().load(int8_artifact.path, threads=1)
-    names = quantized_activations(quantized.module)  # type: ignore[arg-type]
-    assert session.lost_by_showing([quantized_name(name) for name in names]) == 0
-    # in front of its quantizer, the first convolution's output is not to be had from QLinearConv
-    inside = convolution(onnx.load(int8_artifact.path), 0).output[0]
-    assert session.lost_by_showing([inside]) == 1
+    pytest.importorskip("openvino")
+    target = Target.load("intel-cpu")
+    assert target.scheme is not None
+    x = batches[-1][0]
+    for add_inputs, same in (("skip", True), ("both", False)):
+        scheme = target.scheme.model_copy(update={"add_inputs": add_inputs})
+        here = target.model_copy(update={"scheme": scheme})
+        net = quantize(trained, target=here, data=batches, accelerator="cpu")
+        path = export(net, target=here, out=tmp_path / add_inputs).path
+        session = get_runtime("openvino").load(path, threads=1)
+        found = local_parity(net, x, written=None, shipped=session)
+        assert list(found.passes) == ["as shipped"]
+        # a quantizer between a convolution and its Add clips in the fused kernel, and rounds shown
+        assert any("unfused" in cause for cause in found.passes["as shipped"].causes) != same
+        if same:
+            assert_sound(found)
 
 
 # ---- what is wrong is found where it is ----------------------------------------------------------
@@ -203,7 +218,7 @@ def test_a_tampered_artifact_is_found_out_at_the_first_wrong_tensor(
     change: Change, int8_artifact: Artifact, quantized: Network, batches: Batches, tmp_path: Path
 ):
     path = tampered(int8_artifact, tmp_path, change)
-    found = local_parity(path, quantized, batches[-1][0], shipped=False).as_written
+    found = local(path, quantized, batches[-1][0], shipped=False).as_written
     wrong = where_it_is(int8_artifact, change)
     assert found.max_steps > 1
     assert found.first is not None
@@ -216,7 +231,7 @@ def test_the_first_wrong_operator_is_named_with_what_it_reads(
     int8_artifact: Artifact, quantized: Network, batches: Batches, tmp_path: Path
 ):
     path = tampered(int8_artifact, tmp_path, change_the_head)
-    found = local_parity(path, quantized, batches[-1][0][:8], shipped=False).as_written
+    found = local(path, quantized, batches[-1][0][:8], shipped=False).as_written
     assert found.first is not None
     assert found.first.startswith("linear (linear) is off by ")
     head = next(k for k, v in quantized.module.named_parameters() if v.shape == (4, 16))
@@ -246,7 +261,7 @@ def test_counts_are_numpys(one_convolution: tuple[Network, Tensor], host: Target
     net, x = one_convolution
     artifact = export(net, target=host, out=tmp_path)
     path = tampered(artifact, tmp_path, change_first_weight)
-    found = local_parity(path, net, x, shipped=False).as_written
+    found = local(path, net, x, shipped=False).as_written
     # the convolution over the integers, as sums of windows
     q = quantizers(net.module)  # type: ignore[arg-type]
     zero = int(q["input_1"].zero_point)
@@ -282,13 +297,13 @@ def test_a_bias_that_int32_cannot_hold_shows(
 ):
     net, x = one_convolution
     artifact = export(net, target=host, out=tmp_path)
-    found = local_parity(artifact.path, net, x, shipped=True)
+    found = local(artifact.path, net, x, shipped=True)
     assert [ran.exact for ran in found.passes.values()] == [1.0, 1.0]
     between = net.copy()
     with torch.no_grad():
         between.module.bias.add_(0.4 * 0.125)  # type: ignore[union-attr,operator]  # of a step
     artifact = export(between, target=host, out=tmp_path)
-    found = local_parity(artifact.path, between, x, shipped=True)
+    found = local(artifact.path, between, x, shipped=True)
     assert all(ran.exact < 0.9 and ran.max_steps == 1 for ran in found.passes.values())
 
 
@@ -304,7 +319,7 @@ def test_symmetric_activations_saturate_where_the_file_does(tmp_path: Path):
     (first,) = session.tensors([3 * x.numpy()], ["quant.input_1"]).values()
     scale = quantizers(net.module)["input_1"].scale.item()  # type: ignore[arg-type]
     assert np.rint(first / scale).min() == -128
-    assert local_parity(artifact.path, net, 3 * x, shipped=False).as_written.exact == 1
+    assert local(artifact.path, net, 3 * x, shipped=False).as_written.exact == 1
 
 
 @pytest.mark.parametrize(
@@ -320,7 +335,7 @@ def test_saturation_is_explained_where_it_is_possible(
     scheme = quantized.scheme.model_copy(update={"weight_bits": bits})
     net = quantized.quantized(quantized.module, scheme)  # type: ignore[arg-type]
     path = tampered(int8_artifact, tmp_path, change_a_weight)
-    found = local_parity(path, net, batches[0][0][:8], shipped=True)
+    found = local(path, net, batches[0][0][:8], shipped=True)
     assert found.as_shipped is not None
     assert found.as_shipped.max_steps > 1
     assert any("vpmaddubsw" in cause for cause in found.as_shipped.causes) == explained

@@ -18,7 +18,6 @@ from edgekd.runtimes.onnx_graph import quantized_name
 from edgekd.runtimes.onnxruntime import OnnxRuntime, OrtSession
 from edgekd.stages.export import export
 from edgekd.stages.quantize import quantize
-from edgekd.stages.verify import rank_tensors
 from edgekd.target import Target
 
 Batches = list[tuple[Tensor, Tensor]]
@@ -106,12 +105,6 @@ def test_inner_tensors_are_the_trained_graphs(
         assert steps.max() < 3.1, tensor
     first = names[0]
     np.testing.assert_array_equal(theirs[first], ours[first][0])
-    # and `rank_tensors` compares each with its own, quantizers that several share included
-    ranked = {d.tensor: d for d in rank_tensors(session(artifact, emulated=True), net, x)}
-    assert sorted(ranked) == sorted(names)
-    for tensor, (value, scale) in ours.items():
-        steps = np.abs(theirs[tensor] - value.numpy()) / scale
-        assert ranked[tensor].max_steps == pytest.approx(steps.max(), abs=1e-5)
 
 
 def test_a_name_that_the_artifact_has_not_is_left_out(int8_artifact: Artifact, batches: Batches):
@@ -161,9 +154,6 @@ def test_openvino_runs_the_same_network_in_integers(
     names = [quantized_name(tensor) for tensor in quantized_activations(quantized.module)]
     shown = opened.tensors([x.numpy()], names)
     assert set(shown) <= set(names)
-    ranked = rank_tensors(opened, quantized, x)
-    assert {d.tensor for d in ranked} == set(shown)
-    assert max(d.mean_steps for d in ranked) < 0.5
 
     plain = export(trained, target=target, out=tmp_path / "fp32")
     opened = runtime.load(plain.path, threads=1)
