@@ -36,6 +36,8 @@ class QuantScheme(_Frozen):
         shared_scales: operators whose inputs and output have one scale, as integer-only runtimes
             want it.
         outputs: whether the output of an integer operator is quantized too.
+        integer_inputs, integer_outputs: whether the file takes and gives integers; their scales are
+            in its metadata, see `integer_ends`.
         ops: the operators that run in integers; the others stay in float (softmax, normalisation
             and activations that no kernel takes along always do).
     """
@@ -49,6 +51,8 @@ class QuantScheme(_Frozen):
     add_inputs: Literal["both", "skip"]
     shared_scales: tuple[Literal["add", "concat"], ...] = ()
     outputs: bool
+    integer_inputs: bool = False
+    integer_outputs: bool = False
     ops: tuple[
         Literal["conv", "conv_transpose", "linear", "matmul", "add", "mul", "concat", "pool"], ...
     ]

@@ -120,16 +120,14 @@ def agreement(path: Path, only: Sequence[str], kept: list[dict[str, Any]]) -> di
     net = Network(module, torch.zeros(1, 3, SIZE, SIZE))
     with torch.no_grad():
         wanted = [module(x).argmax(1).numpy() for x in held_out]
-    common: dict[str, Any] = {"data": calibration, "calibration": CALIBRATION, "target": ORT}
-    ours = {
-        "edgekd, post-training": lambda: edgekd.quantize(net, **common),
-        "edgekd, post-training, biases corrected": lambda: edgekd.quantize(
-            net, **common, correct_bias=True
-        ),
-        "edgekd, distilled without labels": lambda: edgekd.quantize(
-            net, **common | {"data": as_data(batches[: LEARNT // size])}, teacher=net,
-            epochs=EPOCHS, batch_size=BATCH, lr=LR,
-        ),
+    common: dict[str, Any] = {"data": calibration, "calibration": CALIBRATION}
+    ours: dict[str, dict[str, Any]] = {
+        "edgekd, post-training": {},
+        "edgekd, post-training, biases corrected": {"correct_bias": True},
+        "edgekd, distilled without labels": {
+            "data": as_data(batches[: LEARNT // size]), "teacher": net, "epochs": EPOCHS,
+            "batch_size": BATCH, "lr": LR,
+        },
     }  # fmt: skip
     rows = [row for row in kept if only and row["arm"] not in only]
 
@@ -149,11 +147,11 @@ def agreement(path: Path, only: Sequence[str], kept: list[dict[str, Any]]) -> di
                 if only and arm not in only:
                     continue
                 add(arm, target, peer(fp32, calibration, folder / file))
-        for index, (arm, make) in enumerate(ours.items()):
+        for index, (arm, options) in enumerate(ours.items()):
             if only and arm not in only:
                 continue
-            quantized = make()
             for target in PEERS:
+                quantized = edgekd.quantize(net, target=target, **common | options)
                 artifact = edgekd.export(quantized, target=target, out=folder / f"{index}-{target}")
                 add(arm, target, artifact.path)
     return {
@@ -178,11 +176,11 @@ def latency(rounds: int) -> dict[str, Any]:
     rows = []
     for name, module in modules.items():
         net = Network(module, torch.zeros(1, 3, SIZE, SIZE))
-        quantized = edgekd.quantize(net, target=ORT, data=batches, calibration=40)
         with TemporaryDirectory() as text:
             folder = Path(text)
             fp32 = edgekd.export(net, target=ORT, out=folder / "fp32").path
             for target, peers in PEERS.items():
+                quantized = edgekd.quantize(net, target=target, data=batches, calibration=40)
                 own = edgekd.export(quantized, target=target, out=folder / target).path
                 files = {"edgekd": own} | {
                     arm: peer(fp32, batches, folder / file) for arm, (peer, file) in peers.items()

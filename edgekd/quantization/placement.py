@@ -167,7 +167,10 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no type
         if kind == "pass":
             # worth it only on the way to an integer operator
             moves = _passes(node) and node in self._varying
-            return "pass" if moves and any(map(self._kind, node.users)) else None
+            leads = any(map(self._kind, node.users)) or (
+                self.scheme.integer_outputs and _ends(node)
+            )
+            return "pass" if moves and leads else None
         if kind is None or kind not in self.scheme.ops or layer_name(node) in self.float_layers:
             return None
         args = arguments(node)
@@ -205,7 +208,7 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no type
             output = shared
         elif kind == "pass":
             output = SharedQuantizationSpec((args[0], node))
-        elif self.scheme.outputs and not (self._leaves(last, kind) or self._joins(last)):
+        elif self._wants_output(last, kind):
             output = self._activation(last)
         if last is node:
             node.meta["quantization_annotation"] = QuantizationAnnotation(
@@ -240,6 +243,11 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no type
             return False
         ends = (t for t in arguments(add)[:2] if self._kind(t) == "conv" and len(t.users) == 1)
         return next(ends, None) is node
+
+    def _wants_output(self, node: Node, kind: Kind) -> bool:
+        if self.scheme.integer_outputs and all(map(_ends, node.users)):
+            return True
+        return self.scheme.outputs and not (self._leaves(node, kind) or self._joins(node))
 
     def _leaves(self, node: Node, kind: Kind) -> bool:
         """A linear layer may give the network's output in float, reshaped or not."""

@@ -161,9 +161,11 @@ class Session(Protocol):
 
     Attributes:
         input_shapes: of one sample, batch axis 1 included.
+        input_types: NumPy's names of them. Integer inputs take floats as well, see `integer_ends`.
     """
 
     input_shapes: list[tuple[int, ...]]
+    input_types: list[str]
 
     def __call__(self, inputs: Arrays) -> Arrays:
         """Run one batch: arrays of (N, ...) in, arrays out."""

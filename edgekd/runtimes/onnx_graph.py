@@ -21,6 +21,7 @@ from edgekd import __version__
 from edgekd.errors import ModelError, TargetError
 from edgekd.network import Network
 from edgekd.quantization.placement import quantized_activations
+from edgekd.runtimes.integer_ends import cut_ends
 from edgekd.runtimes.onnx_values import constant, new_constant, producer
 from edgekd.runtimes.opset import EXPORTED, lower
 from edgekd.target import Target
@@ -33,7 +34,8 @@ def to_onnx(net: Network, target: Target) -> ir.Model:
 
     Raises:
         TargetError: torch could not give this opset; it names the one it gave.
-        ModelError: an operator has no ONNX form, or a bias does not fit into int32.
+        ModelError: an operator has no ONNX form, a bias does not fit into int32, or an input or
+            output that is to be an integer is not quantized.
     """
     wanted = None if net.scheme is None else target.scheme
     program = net.program(unsigned=wanted is not None and wanted.activation_dtype == "uint8")
@@ -60,6 +62,8 @@ def to_onnx(net: Network, target: Target) -> ir.Model:
     if wanted is not None and wanted.bias == "int32":
         integer_bias(model)
     drop_idle_clips(model)
+    if wanted is not None and (wanted.integer_inputs or wanted.integer_outputs):
+        cut_ends(model, inputs=wanted.integer_inputs, outputs=wanted.integer_outputs)
     if target.opset < EXPORTED:
         lower(model, target.opset, target.name)
     _drop_unused(model)

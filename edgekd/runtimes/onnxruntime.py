@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from edgekd.errors import StateError
 from edgekd.network import Network
 from edgekd.runtimes.base import Arrays
+from edgekd.runtimes.integer_ends import IntegerEnds
 from edgekd.runtimes.onnx_graph import integer_matrix_ops, keep_floats, save_onnx, to_onnx
 from edgekd.target import Target
 
@@ -57,6 +58,11 @@ class OrtSession:
         self._session = self._open(model, self._options())
         inputs = self._session.get_inputs()
         self._inputs = [i.name for i in inputs]
+        self._outputs = [o.name for o in self._session.get_outputs()]
+        self._integers = IntegerEnds.read(self._session.get_modelmeta().custom_metadata_map)
+        self.input_types = [
+            self._integers[n].dtype if n in self._integers else "float32" for n in self._inputs
+        ]
         self.input_shapes = [(1, *i.shape[1:]) for i in inputs]
 
     def _options(self) -> ort.SessionOptions:
@@ -76,8 +82,13 @@ class OrtSession:
 
     def __call__(self, inputs: Arrays) -> Arrays:
         """One batch: arrays of (N, ...)."""
-        outputs: Arrays = self._session.run(None, dict(zip(self._inputs, inputs, strict=True)))
-        return outputs
+        return self._run(self._session, inputs, self._outputs)
+
+    def _run(self, session: ort.InferenceSession, inputs: Arrays, names: list[str]) -> Arrays:
+        given = dict(zip(self._inputs, inputs, strict=True))
+        return self._integers.run(
+            lambda arrays: session.run(names, dict(zip(given, arrays, strict=True))), given, names
+        )
 
     def integer_share(self) -> tuple[int, int]:
         """Read off the graph as ONNX Runtime rewrote it; emulated: off the Q/DQ file."""
@@ -104,5 +115,4 @@ class OrtSession:
             onnx.ValueInfoProto(name=name) for name in shown if name not in outputs
         )
         session = self._open(model.SerializeToString(), self._options())
-        values = session.run(shown, dict(zip(self._inputs, inputs, strict=True)))
-        return dict(zip(shown, values, strict=True))
+        return dict(zip(shown, self._run(session, inputs, shown), strict=True))

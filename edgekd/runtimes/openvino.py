@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from edgekd.errors import MissingPackageError, StateError
 from edgekd.network import Network
 from edgekd.runtimes.base import Arrays
+from edgekd.runtimes.integer_ends import KEY, IntegerEnds
 from edgekd.runtimes.onnx_graph import save_onnx, to_onnx
 from edgekd.target import Target
 
@@ -44,8 +45,11 @@ class OpenVino:
         openvino = _openvino()
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder) / "model.onnx"
-            versions = save_onnx(to_onnx(net, target), source)
+            exported = to_onnx(net, target)
+            versions = save_onnx(exported, source)
             model = openvino.convert_model(source)
+            if KEY in exported.metadata_props:
+                model.set_rt_info(exported.metadata_props[KEY], KEY)
             try:
                 openvino.save_model(model, path, compress_to_fp16=False)
             except RuntimeError as error:
@@ -71,6 +75,14 @@ class OpenVinoSession:
         except RuntimeError as error:
             raise StateError(f"OpenVINO refuses {path}: {error}") from error
         self._compiled = self._compile(self._model)
+        known = self._model.has_rt_info(KEY)
+        self._integers = IntegerEnds.read(
+            {KEY: self._model.get_rt_info(KEY).astype(str)} if known else {}
+        )
+        self._inputs = [self._name(i) for i in self._model.inputs]
+        self.input_types = [
+            self._integers[n].dtype if n in self._integers else "float32" for n in self._inputs
+        ]
         self.input_shapes = [
             (1, *(d.get_length() for d in list(i.partial_shape)[1:])) for i in self._model.inputs
         ]
@@ -86,8 +98,19 @@ class OpenVinoSession:
 
     def __call__(self, inputs: Arrays) -> Arrays:
         """One batch: arrays of (N, ...)."""
-        results = self._compiled(list(inputs), share_inputs=True)
-        return [np.array(results[o]) for o in self._compiled.outputs]
+        return self._run(self._compiled, inputs)
+
+    def _run(self, compiled: Any, inputs: Arrays) -> Arrays:
+        def run(arrays: Arrays) -> Arrays:
+            results = compiled(arrays, share_inputs=True)
+            return [np.array(results[o]) for o in compiled.outputs]
+
+        given = dict(zip(self._inputs, inputs, strict=True))
+        return self._integers.run(run, given, [self._name(o) for o in compiled.outputs])
+
+    def _name(self, port: Any) -> str:
+        """Of its names the one that tells its integers, if any does."""
+        return next((n for n in port.names if n in self._integers), str(port.any_name))
 
     def integer_share(self) -> tuple[int, int]:
         """Read off the compiled model's runtime information."""
@@ -105,6 +128,7 @@ class OpenVinoSession:
         known = {name for op in model.get_ordered_ops() for o in op.outputs() for name in o.names}
         outputs = {name for o in model.outputs for name in o.names}
         model.add_outputs([name for name in names if name in known - outputs])
-        results = self._compile(model)(list(inputs))
-        values = {name: np.array(v) for o, v in results.items() for name in o.names}
+        compiled = self._compile(model)
+        results = zip(compiled.outputs, self._run(compiled, inputs), strict=True)
+        values = {name: value for port, value in results for name in port.names}
         return {name: values[name] for name in names if name in values}

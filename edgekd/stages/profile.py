@@ -97,5 +97,9 @@ def profile_together(
 def _call(session: Session) -> Callable[[], Arrays]:
     """One run of batch 1 on fixed random inputs."""
     random = np.random.default_rng(0)
-    inputs = [random.standard_normal(shape, dtype=np.float32) for shape in session.input_shapes]
+    inputs: Arrays = [
+        random.standard_normal(shape, dtype=np.float32) if kind == "float32"
+        else random.integers(np.iinfo(kind).min, np.iinfo(kind).max, shape, np.dtype(kind))
+        for shape, kind in zip(session.input_shapes, session.input_types, strict=True)
+    ]  # fmt: skip
     return lambda: session(inputs)

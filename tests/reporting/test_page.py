@@ -155,7 +155,7 @@ def test_every_part_is_there():
     by_class = text.partition("By class")[2]
     assert by_class.index("dog") < by_class.index("cat")  # what lost most comes first
     assert "70.0 (-22.0)" in by_class and "95.0 (+5.0)" in by_class and "no images" in by_class
-    assert "too far off" in text and "conv : 3 steps on average, 9 at most" in text
+    assert "too far off" in text
     assert "compiled by compiler 1 for SM86, not on the device; 3 of 4 matrix operators" in text
     for fact in ("a host", "fingerprint f00", "torch 9", "seed 7", "wall clock", "avx2"):
         assert fact in text
