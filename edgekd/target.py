@@ -38,6 +38,8 @@ class QuantScheme(_Frozen):
         outputs: whether the output of an integer operator is quantized too.
         integer_inputs, integer_outputs: whether the file takes and gives integers; their scales are
             in its metadata, see `integer_ends`.
+        least_pooled_channels: a convolution over 1 × 1 maps of fewer channels stays in float, where
+            the runtime has no integer kernel for it.
         ops: the operators that run in integers; the others stay in float (softmax, normalisation
             and activations that no kernel takes along always do).
     """
@@ -51,6 +53,7 @@ class QuantScheme(_Frozen):
     add_inputs: Literal["both", "skip"]
     shared_scales: tuple[Literal["add", "concat"], ...] = ()
     outputs: bool
+    least_pooled_channels: int = 1
     integer_inputs: bool = False
     integer_outputs: bool = False
     ops: tuple[

@@ -175,13 +175,18 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no type
             return None
         args = arguments(node)
         if node.target in WEIGHTED:
-            return kind if args[1].op == "get_attr" else None
+            stored = args[1].op == "get_attr"
+            return kind if stored and not (kind == "conv" and self._too_few(args[0])) else None
         terms = args[0] if kind == "concat" else args[: 1 if kind == "pool" else 2]
         if not all(isinstance(t, Node) and t in self._varying for t in terms):
             return None
         if kind in FOLLOWING and not any(self._kind(self._source(t)) for t in terms):
             return None
         return kind
+
+    def _too_few(self, x: Node) -> bool:
+        _, channels, *sides = x.meta["val"].shape
+        return channels < self.scheme.least_pooled_channels and all(side == 1 for side in sides)
 
     def _source(self, node: Node) -> Node:
         """The operator whose numbers `node` passes on, by itself or as a fused activation."""

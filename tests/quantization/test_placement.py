@@ -406,6 +406,15 @@ def test_of_a_residual_add_the_skip_alone(
     assert quantized_activations(inside) == [*expected, f"conv2d_{len(expected) - 1}"]
 
 
+def test_a_convolution_over_few_pooled_channels_stays_in_float_on_request(scheme: QuantScheme):
+    few = scheme.model_copy(update={"least_pooled_channels": 5})
+    for shape, quantized in (((4, 1, 1), []), ((4, 8, 8), ["x", "conv2d"])):
+        graph = graph_of(lambda m, x: m.b(m.a(x)), shape)
+        assert quantized_activations(place(graph, few))[:2] == quantized
+    wide = place(graph_of(lambda m, x: m.wide(x), (8, 1, 1)), few)
+    assert quantized_activations(wide) == ["x", "conv2d"]
+
+
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("activation", [F.relu, F.relu6])
 def test_the_graph_that_is_trained_leaves_activations_to_quantizers(
