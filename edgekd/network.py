@@ -133,7 +133,18 @@ class Network:
 
     def __call__(self, *inputs: Tensor) -> Any:
         """The module's outputs as they come: a tensor, or a tuple or dict of tensors."""
+        self.expect_inputs(len(inputs))
         return self.module(*inputs)
+
+    def expect_inputs(self, count: int) -> None:
+        """Raise ModelError if the network takes another number of inputs."""
+        names = [i.name for i in self.io.inputs]
+        if len(names) != count:
+            raise ModelError(
+                f"this network takes {len(names)} inputs ({', '.join(names)}) and gets {count}; "
+                "batches of data feed one: give the others inside the module, or train and "
+                "quantize it elsewhere; capture and export take several"
+            )
 
     def __repr__(self) -> str:
         kind = "float" if self.scheme is None else self.scheme.activation_dtype

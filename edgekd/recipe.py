@@ -112,7 +112,7 @@ class QuantizeSection(_Learning):
     observer: Observer = "mse"
     equalized: bool = False
     adaround: Annotated[int, Field(ge=0)] = 0
-    correct_bias: bool = False
+    correct_bias: bool = True
     float_layers: tuple[str, ...] = ()
     max_drop: Share | None = None
     lr: Positive = 1e-3

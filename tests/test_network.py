@@ -24,9 +24,11 @@ from edgekd.network import Network, Preprocessing
 from edgekd.quantization.placement import digest
 from edgekd.runtimes.base import Artifact
 from edgekd.runtimes.onnxruntime import OnnxRuntime
+from edgekd.stages.distill import distill
 from edgekd.stages.export import export
 from edgekd.stages.quantize import quantize
 from edgekd.target import Target
+from edgekd.tasks.classification import Classification
 
 Batches = list[tuple[Tensor, Tensor]]
 
@@ -68,6 +70,18 @@ def test_inputs_may_come_by_name_in_any_order():
     assert [(i.name, i.shape) for i in net.io.inputs] == [("a", (3, 8, 8)), ("b", (4, 8, 8))]
     got, wanted = net.program().module()(a, b), net(a, b)
     assert all(torch.allclose(x, y, atol=1e-6) for x, y in zip(got, wanted, strict=True))
+
+
+def test_what_data_feeds_must_be_the_networks_one_input():
+    inputs = [torch.zeros(2, 3, 8, 8), torch.zeros(2, 4, 8, 8)]
+    net = Network(Two(tuple), inputs)
+    several = r"takes 2 inputs \(input0, input1\) and gets 1"
+    with pytest.raises(ModelError, match=several):
+        net(inputs[0])
+    with pytest.raises(ModelError, match=several):
+        quantize(net, target="host-onnxruntime", data=[inputs[0]], accelerator="cpu")
+    with pytest.raises(ModelError, match=several):
+        distill(net, task=Classification(), data=[(inputs[0], torch.zeros(2).long())], epochs=1)
 
 
 def test_inputs_by_names_that_forward_has_not_are_refused():

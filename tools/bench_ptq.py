@@ -123,7 +123,7 @@ def agreement(path: Path, only: Sequence[str], kept: list[dict[str, Any]]) -> di
     common: dict[str, Any] = {"data": calibration, "calibration": CALIBRATION}
     ours: dict[str, dict[str, Any]] = {
         "edgekd, post-training": {},
-        "edgekd, post-training, biases corrected": {"correct_bias": True},
+        "edgekd, post-training, biases as they are": {"correct_bias": False},
         "edgekd, distilled without labels": {
             "data": as_data(batches[: LEARNT // size]), "teacher": net, "epochs": EPOCHS,
             "batch_size": BATCH, "lr": LR,

@@ -52,6 +52,7 @@ def learn(
         RecipeError: hints without a teacher.
         ModelError: hints that name no module, or maps that do not go together.
     """
+    student.expect_inputs(1)
     made: dict[tuple[str, str], Hint] = {}
     if hints:
         if teacher is None:

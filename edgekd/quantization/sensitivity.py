@@ -25,9 +25,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from edgekd.data.base import BatchSource, Data, evaluation_batches, first_balanced
 from edgekd.errors import ModelError, RecipeError
 from edgekd.network import Network
+from edgekd.quantization.bias_correction import correct_biases
 from edgekd.quantization.calibration import calibrate, settle
 from edgekd.quantization.capture import capture
 from edgekd.quantization.fake_quant import Observer
+from edgekd.quantization.layers import stored_tensors
 from edgekd.quantization.placement import MATRIX, layer_name, place
 from edgekd.reporting.progress import Progress
 from edgekd.tasks.base import Task, top1_agreement
@@ -118,6 +120,7 @@ def mixed_precision(
     inputs: Sequence[Tensor],
     observer: Observer,
     on: Fabric,
+    correct_bias: bool = False,
     samples: int = 1024,
     layer_samples: int = 256,
     cost_ms: Mapping[str, float] | None = None,
@@ -137,6 +140,8 @@ def mixed_precision(
         data: a Data, of which "val" is used, or "test" where it has no "val": with a "val" the
             test split has no part in the choice. Or batches.
         inputs, observer: as `calibrated` was calibrated, for quantizers that it has not got.
+        correct_bias: whether drops are those after `correct_biases`; single layers' effects, which
+            only rank, are without.
         samples: to measure the drop of a set of layers on, the first ones of the data.
         layer_samples: to measure each single layer's effect on.
         cost_ms: latency of each layer in float, by name; without it the price is its MACs.
@@ -156,7 +161,7 @@ def mixed_precision(
 
     @cache
     def drop(*layers: str) -> float:
-        return whole.best - whole(trials.with_float(layers))[1]
+        return whole.best - whole(trials.with_float(layers, correct_bias=correct_bias))[1]
 
     kept = fewest([effect.layer for effect in ranked], drop, max_drop, whole.metric_name)
     return Sensitivity(
@@ -268,7 +273,7 @@ class _Trials:
         assert self.calibrated.scheme is not None
         return self.calibrated.quantized(self.captured, self.calibrated.scheme)
 
-    def with_float(self, layers: Iterable[str]) -> Network:
+    def with_float(self, layers: Iterable[str], *, correct_bias: bool = False) -> Network:
         """Placed with these layers in float too; weights and scales are those of `calibrated`."""
         scheme = self.calibrated.scheme
         assert scheme is not None
@@ -283,6 +288,10 @@ class _Trials:
                 calibrate(graph.to(self.inputs[0].device), self.inputs, self.observer)
                 graph.to("cpu")
                 self._known |= {name: trial.state()[name].detach().clone() for name in new}
+        if correct_bias:
+            graph.to(self.inputs[0].device)
+            correct_biases(graph, stored_tensors(graph), self.inputs)
+            graph.to("cpu")
         settle(graph, integer_bias=scheme.bias == "int32")
         return trial
 

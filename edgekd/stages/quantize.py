@@ -43,7 +43,7 @@ def quantize(
     observer: Observer = "mse",
     equalized: bool = False,
     adaround: int = 0,
-    correct_bias: bool = False,
+    correct_bias: bool = True,
     float_layers: Collection[str] = (),
     max_drop: float | None = None,
     alpha: float = 0.9,
@@ -74,8 +74,8 @@ def quantize(
             between them are scaled for hints, too.
         adaround: iterations for each layer in which its weights learn to round up or down, see
             `round_weights`; 0: they are rounded to nearest.
-        correct_bias: take the mean error of each layer's outputs out of its biases, see
-            `correct_biases`.
+        correct_bias: take the mean error of each layer's outputs out of its biases, before any
+            training, see `correct_biases`.
         float_layers: layers that stay in float, by their module's path.
         max_drop: the fewest further layers stay in float for which the metric drops by this or
             less, as a share of 1, before any training; see `mixed_precision`. With a `run`, the
@@ -97,6 +97,7 @@ def quantize(
         )
     if net.scheme is not None:
         raise ModelError("this network is quantized already; quantize takes the float one")
+    net.expect_inputs(1)
     if adaround < 0:
         raise RecipeError(f"quantize: adaround is {adaround}; give iterations, or 0 for none")
     on = fabric(accelerator)
@@ -105,7 +106,7 @@ def quantize(
     if max_drop is not None:
         table = mixed_precision(
             net, student, max_drop=max_drop, data=data, task=task, inputs=inputs,
-            observer=observer, on=on,
+            observer=observer, on=on, correct_bias=correct_bias,
         )  # fmt: skip
         console.print(f"quantize: {table.summary}")
         if run is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -115,13 +116,12 @@ def test_effects_are_numpys(hostile: Network, coarse: Target, table: Sensitivity
     few = batches[:4]  # of 64: a layer's effect is measured on 256 samples
     assert table.n_layers == 256
     reference = outputs(hostile, few)
-    integer = quantize(hostile, target=coarse, data=batches, accelerator="cpu")
+    plain: dict[str, Any] = {"data": batches, "correct_bias": False, "accelerator": "cpu"}
+    integer = quantize(hostile, target=coarse, **plain)
     assert table.sqnr_db == pytest.approx(numpy_sqnr(reference, outputs(integer, few)), abs=1e-3)
     effects = {effect.layer: effect for effect in table.layers}
     for layer in (HOSTILE, "stem.0", "head"):
-        alone = quantize(
-            hostile, target=coarse, data=batches, float_layers=[layer], accelerator="cpu"
-        )
+        alone = quantize(hostile, target=coarse, float_layers=[layer], **plain)
         gain = numpy_sqnr(reference, outputs(alone, few)) - table.sqnr_db
         assert effects[layer].sqnr_gain_db == pytest.approx(gain, abs=1e-3)
         more = accuracy(alone, few) - accuracy(integer, few)
@@ -226,8 +226,12 @@ def test_a_trial_is_what_quantize_makes_of_it(trained: Network, batches: Batches
     before = {name: tensor.clone() for name, tensor in calibrated.state().items()}
     trials = _Trials(trained, calibrated, inputs, "mse")
     for layers in (["stem.0"], [HOSTILE], ["head"], [HOSTILE, "stages.1.0.conv2", "stem.0"]):
-        real = quantize(trained, target=target, data=inputs, float_layers=layers, accelerator="cpu")
-        trial = trials.with_float(layers)
+        correct = layers != ["head"]
+        real = quantize(
+            trained, target=target, data=inputs, float_layers=layers, correct_bias=correct,
+            accelerator="cpu",
+        )  # fmt: skip
+        trial = trials.with_float(layers, correct_bias=correct)
         assert trial.float_layers == real.float_layers
         assert np.array_equal(outputs(trial, batches), outputs(real, batches))
     assert all(torch.equal(before[name], tensor) for name, tensor in calibrated.state().items())

@@ -44,7 +44,7 @@ def test_post_training_keeps_the_networks_answers(trained: Network, batches: Bat
         assert not torch.allclose(net(batches[0][0]), trained(batches[0][0]), atol=1e-4)
 
 
-ALL = {"observer": "percentile", "equalized": True, "adaround": 30, "correct_bias": True}
+ALL = {"observer": "percentile", "equalized": True, "adaround": 30}
 
 
 @pytest.mark.parametrize("name", ["host-onnxruntime", "jetson-orin-nano"])
@@ -70,7 +70,7 @@ def test_each_post_training_option_has_its_effect_and_comes_out_the_same_again(
         return {name: t.detach().clone() for name, t in net.state().items()}
 
     plain = state()
-    for name, value in ALL.items():
+    for name, value in (ALL | {"correct_bias": False}).items():
         one, again = state(**{name: value}), state(**{name: value})
         assert all(torch.equal(one[key], again[key]) for key in plain)
         assert any(not torch.equal(one[key], plain[key]) for key in plain), name
