@@ -295,6 +295,27 @@ def keep_floats(model: ir.Model) -> int:
     return count
 
 
+def own_zero_points(model: ir.Model) -> int:
+    """Each DequantizeLinear has a zero point of its own, for OpenVINO.
+
+    Where a convolution and a matrix product of as many channels share theirs, it reshapes the one
+    constant in two ways, does not recognise either weight, and computes both in float.
+    """
+    count = 0
+    readers: dict[str, int] = {}
+    for node in model.graph:
+        zero = node.inputs[2] if len(node.inputs) > 2 else None
+        array = constant(zero)
+        if node.op_type != "DequantizeLinear" or zero is None or array is None:
+            continue
+        name = str(zero.name)
+        readers[name] = readers.get(name, 0) + 1
+        if readers[name] > 1:
+            node.replace_input_with(2, new_constant(model.graph, f"{name}.{readers[name]}", array))
+            count += 1
+    return count
+
+
 def _drop_unused(model: ir.Model) -> None:
     """Nodes and initializers that nothing reads any more."""
     from onnx_ir.passes.common import RemoveUnusedNodesPass

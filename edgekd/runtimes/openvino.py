@@ -13,7 +13,7 @@ from edgekd.errors import MissingPackageError, StateError
 from edgekd.network import Network
 from edgekd.runtimes.base import Arrays
 from edgekd.runtimes.integer_ends import KEY, IntegerEnds
-from edgekd.runtimes.onnx_graph import save_onnx, to_onnx
+from edgekd.runtimes.onnx_graph import own_zero_points, save_onnx, to_onnx
 from edgekd.target import Target
 
 MATRIX_LAYERS = {
@@ -46,6 +46,7 @@ class OpenVino:
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder) / "model.onnx"
             exported = to_onnx(net, target)
+            own_zero_points(exported)
             versions = save_onnx(exported, source)
             model = openvino.convert_model(source)
             if KEY in exported.metadata_props:
