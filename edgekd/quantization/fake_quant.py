@@ -21,9 +21,9 @@ from torchao.quantization.pt2e import FakeQuantizeBase
 Observer = Literal["minmax", "moving-average", "percentile", "mse"]
 MIN_SCALE = 1e-9
 # Candidate clipping ranges of the "mse" observer, as a share of the observed range.
-# No two have a simple ratio: where a tensor of 0.98 the range of another goes into it, all multiples
+# No two have a simple ratio: where a tensor of 0.98 the range of another goes into it, multiples
 # of 25 lie between two integers, and each runtime rounds them as its arithmetic happens to.
-SHRINK = torch.linspace(-1.25, 0, 40).exp()
+SHRINK = torch.linspace(-1.12, 0, 56).exp()
 SAMPLE = 1 << 16  # elements of a tensor and batch that "mse" and "percentile" look at
 AVERAGED = 0.1  # share of the newest batch in "moving-average"
 PERCENTILE = 0.9999

@@ -306,12 +306,12 @@ def test_mse_takes_the_share_of_the_range_with_the_least_error(kind: Kind):
     x = torch.cat(batches).double().numpy().ravel()
     low, high = RANGES[kind]
     candidates = []
-    for share in np.exp(np.linspace(-1.25, 0, 40)):
+    for share in np.exp(np.linspace(-1.12, 0, 56)):
         scale, zero = minmax_in_numpy(x.min() * share, x.max() * share, kind)
         q = np.clip(np.rint(x / scale) + zero, low, high)
         candidates.append(((((q - zero) * scale - x) ** 2).sum(), scale))
     errors = np.array([error for error, _ in candidates])
-    assert 0 < errors.argmin() < 39
+    assert 0 < errors.argmin() < 55
     made = calibrated(quantizer(kind, 1.0), batches, "mse")
     nearest = int(np.abs([scale - made.scale.item() for _, scale in candidates]).argmin())
     assert made.scale.item() == pytest.approx(candidates[nearest][1], rel=1e-5)
@@ -323,7 +323,7 @@ def test_no_integer_of_one_candidate_lies_between_two_of_another():
     for share in shares:
         steps = np.arange(1, 256)[:, None] * (shares[shares != share] / share)
         ties = np.abs(steps - np.floor(steps) - 0.5)
-        assert ties[steps < 256].min() > 3e-5  # float32 has an error of 1e-5 at 128
+        assert ties[steps < 256].min() > 1e-4  # float32 has an error of 1e-5 at 128
 
 
 def test_mse_per_channel_chooses_for_each_channel_alone():
@@ -336,7 +336,7 @@ def test_mse_per_channel_chooses_for_each_channel_alone():
         whole = np.abs(row).max() / 127
         errors = {
             s: (((np.clip(np.rint(row / s), -127, 127)) * s - row) ** 2).sum()
-            for s in whole * np.exp(np.linspace(-1.25, 0, 40))
+            for s in whole * np.exp(np.linspace(-1.12, 0, 56))
         }
         assert ((np.clip(np.rint(row / scale), -127, 127) * scale - row) ** 2).sum() == (
             pytest.approx(min(errors.values()), rel=1e-3)
