@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from edgekd.errors import StateError, TargetError
@@ -239,3 +239,27 @@ def test_a_damaged_record_is_refused(tmp_path: Path):
     (tmp_path / "artifact.json").write_text('{"path": "model.onnx", "target": 3}')
     with pytest.raises(StateError, match=r"artifact\.json: target"):
         Artifact.load(tmp_path)
+
+
+def test_openvino_runs_layers_of_equal_width_in_integers(tmp_path: Path):
+    """A convolution and linear layers of 8 channels: their zero points are the same zeros."""
+    pytest.importorskip("openvino")
+
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patches = nn.Conv2d(3, 8, 4, 4)
+            self.wide, self.narrow, self.head = nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.patches(x).flatten(2).transpose(1, 2)
+            return self.head((x + self.narrow(self.wide(x).relu()))[:, 0])
+
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, 16, 16)
+    net = quantize(Network(Tokens(), x[:1]), target="intel-cpu", data=[x], accelerator="cpu")
+    path = export(net, target="intel-cpu", out=tmp_path).path
+    opened = get_runtime("openvino").load(path, threads=1)
+    assert opened.integer_share() == (4, 4)
+    with torch.no_grad():
+        np.testing.assert_allclose(opened([x.numpy()])[0], net(x), atol=1e-3)
