@@ -13,9 +13,9 @@ from typing import Any, Self
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, TypeAdapter
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from edgekd.errors import ModelError
+from edgekd.errors import ModelError, StateError
 from edgekd.runtimes.onnx_values import constant, producer
 
 KEY = "edgekd.integers"  # in the file's metadata
@@ -48,8 +48,12 @@ class IntegerEnds(dict[str, IntegerEnd]):
 
     @classmethod
     def read(cls, metadata: Mapping[str, str]) -> Self:
-        """From a file's metadata."""
-        return cls(TypeAdapter(dict[str, IntegerEnd]).validate_json(metadata.get(KEY, "{}")))
+        """From a file's metadata; StateError where it is damaged."""
+        try:
+            found = TypeAdapter(dict[str, IntegerEnd]).validate_json(metadata.get(KEY, "{}"))
+        except ValidationError as error:
+            raise StateError(f"{KEY} in the file's metadata is damaged: {error}") from None
+        return cls(found)
 
     def run(
         self,
@@ -77,11 +81,13 @@ def cut_ends(model: ir.Model, *, inputs: bool, outputs: bool) -> None:
     """
     graph, ends = model.graph, IntegerEnds()
     for value in graph.inputs if inputs else ():
-        (first, *others) = (use.node for use in value.uses())
-        if others or first.op_type != "QuantizeLinear":
+        readers = [use.node for use in value.uses()]
+        first = readers[0] if len(readers) == 1 else None
+        if first is None or first.op_type != "QuantizeLinear":
+            kinds = ", ".join(sorted({reader.op_type for reader in readers})) or "nothing"
             raise ModelError(
-                f"integer inputs: {value.name} goes into a {first.op_type} in float; leave "
-                "integer_inputs out of the scheme"
+                f"integer inputs: {value.name} goes in float into {kinds}; leave integer_inputs "
+                "out of the scheme"
             )
         name = str(value.name)
         ends[name] = _end(first)

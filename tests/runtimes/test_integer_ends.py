@@ -11,7 +11,7 @@ import torch
 from onnx import TensorProto
 from torch import Tensor, nn
 
-from edgekd.errors import ModelError
+from edgekd.errors import ModelError, StateError
 from edgekd.network import Network
 from edgekd.runtimes.base import get_runtime
 from edgekd.runtimes.integer_ends import KEY, IntegerEnds
@@ -86,6 +86,11 @@ def test_a_file_with_float_ends_says_nothing_of_integers(int8_artifact):  # type
     assert KEY not in {p.key for p in model.metadata_props}
 
 
+def test_damaged_metadata_is_refused():
+    with pytest.raises(StateError, match=r"edgekd\.integers .* is damaged"):
+        IntegerEnds.read({KEY: '{"input": {"scale": 1}}'})
+
+
 class Ends(nn.Module):
     """A convolution between what a test wants at its ends."""
 
@@ -101,7 +106,7 @@ class Ends(nn.Module):
 @pytest.mark.parametrize(
     ("before", "after", "reason"),
     [
-        (nn.Sigmoid(), nn.Identity(), "integer inputs: input goes into a Sigmoid in float"),
+        (nn.Sigmoid(), nn.Identity(), "integer inputs: input goes in float into Sigmoid"),
         (nn.Identity(), nn.Sigmoid(), "integer outputs: output comes out of a float operator"),
         (nn.Identity(), nn.Flatten(), None),
         (nn.MaxPool2d(2), nn.ReLU(), None),
