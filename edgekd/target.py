@@ -98,6 +98,7 @@ class Target(_Frozen):
             artifact is run in ONNX Runtime with optimizations off.
         machines: hosts whose kernels count as native, as `platform.machine()` names them;
             empty: all.
+        instructions: likewise, as `host_instruction_set` names them.
         precisions: what the device runs, the preferred one last. "fp16": the file is in FP32, and
             built for half precision on the device.
         no_integers: why `scheme` is absent.
@@ -114,6 +115,7 @@ class Target(_Frozen):
     opset: int
     verifier: Literal["native", "emulated"]
     machines: tuple[str, ...] = ()
+    instructions: tuple[str, ...] = ()
     precisions: tuple[Precision, ...]
     channel_multiple: ChannelMultiple
     scheme: QuantScheme | None = None
@@ -137,7 +139,15 @@ class Target(_Frozen):
     def native_here(self) -> bool:
         """Whether this host's kernels are the device's: only then is a latency here its own."""
         fits = not self.machines or platform.machine() in self.machines
-        return self.verifier == "native" and fits
+        able = not self.instructions or host_instruction_set() in self.instructions
+        return self.verifier == "native" and fits and able
+
+    @property
+    def needs(self) -> str:
+        """The hosts whose kernels are the device's, in words."""
+        return " with ".join(
+            f"one of {', '.join(x)}" for x in (self.machines, self.instructions) if x
+        )
 
     @staticmethod
     def load(name: str | Target) -> Target:

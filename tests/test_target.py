@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from edgekd import target as target_module
 from edgekd.errors import TargetError
 from edgekd.runtimes.base import RUNTIMES
 from edgekd.target import QuantScheme, Target, target_names
@@ -165,17 +166,22 @@ def test_a_scheme_that_no_runtime_has_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("verifier", "machines", "native"),
+    ("verifier", "machines", "instructions", "native"),
     [
-        ("native", (), True),
-        ("native", ("x86_64", "riscv64"), True),
-        ("native", ("aarch64", "x86_64"), False),
-        ("emulated", ("riscv64",), False),
+        ("native", (), (), True),
+        ("native", ("x86_64", "riscv64"), (), True),
+        ("native", ("aarch64", "x86_64"), (), False),
+        ("native", ("riscv64",), ("rvv", "amx"), True),
+        ("native", ("riscv64",), ("amx",), False),
+        ("emulated", ("riscv64",), (), False),
     ],
 )
-def test_native_is_only_what_this_machine_has_kernels_for(verifier, machines, native, monkeypatch):
+def test_native_is_only_what_this_machine_has_kernels_for(
+    verifier, machines, instructions, native, monkeypatch
+):
     monkeypatch.setattr(platform, "machine", lambda: "riscv64")
-    changes = {"verifier": verifier, "machines": machines}
+    monkeypatch.setattr(target_module, "host_instruction_set", lambda: "rvv")
+    changes = {"verifier": verifier, "machines": machines, "instructions": instructions}
     assert Target.load("intel-cpu").model_copy(update=changes).native_here is native
 
 

@@ -105,7 +105,7 @@ def verify(
     emulated = target.verifier == "emulated"
     common: dict[str, Any] = {"target": target.name, "precision": artifact.precision}
     if not emulated and not target.native_here:
-        reason = f"{target.name} needs one of {', '.join(target.machines)}; this host is another"
+        reason = f"{target.name} needs {target.needs}; this host is another"
         return Parity(**common, verifier=None, gate="unchecked", reasons=(reason,))
     try:
         runtime = get_runtime("onnxruntime" if emulated else target.runtime)

@@ -65,6 +65,10 @@ CASES: dict[str, tuple[Callable[[Any, Tensor], Tensor], tuple[int, ...], set[Any
     ),
     "a slice of everything": (lambda _, x: 2 * x[:, :], (7, 4), {aten.slice.Tensor}, set()),
     "a slice of a part": (lambda _, x: 2 * x[:, 2:-1], (7, 4), set(), {aten.slice.Tensor}),
+    "a type that was asserted": (
+        lambda _, x: x * ~torch.zeros(4).to(torch.bool), (3, 4),
+        {aten._assert_tensor_metadata.default}, set(),
+    ),
     "a pad of nothing": (lambda _, x: 2 * F.pad(x, (0, 0)), (7, 4), {aten.pad.default}, set()),
     "a pad": (lambda _, x: 2 * F.pad(x, (0, 1)), (7, 4), set(), {aten.pad.default}),
     "chunks of unequal size": (

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from edgekd.stages import verify as stage
 from edgekd.stages.export import export
 from edgekd.stages.quantize import quantize
 from edgekd.stages.verify import Parity, verify
-from edgekd.target import Target
+from edgekd.target import QuantScheme, Target, target_names
 from edgekd.tasks.classification import Classification
 
 Batches = list[tuple[Tensor, Tensor]]
@@ -281,6 +283,35 @@ def test_outputs_that_no_one_can_compare_are_unchecked(host: Target, tmp_path: P
     assert parity.agreement is None
     assert parity.relative_error is not None
     assert parity.relative_error < 1e-5
+
+
+@pytest.fixture(scope="module")
+def of_scheme(trained: Network, batches: Batches) -> Callable[[Target], Network]:
+    """`trained` in the target's integers; each scheme once."""
+
+    @cache
+    def made(scheme: QuantScheme, name: str) -> Network:
+        return quantize(trained, target=name, data=batches[:2], accelerator="cpu")
+
+    first: dict[QuantScheme, str] = {}
+    return lambda target: made(target.scheme, first.setdefault(target.scheme, target.name))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", target_names())
+def test_every_target_gets_what_was_trained(
+    name: str, trained: Network, of_scheme: Callable[[Target], Network], batches: Batches,
+    tmp_path: Path,
+):  # fmt: skip
+    target = Target.load(name)
+    nets = {"float": trained} if target.float_precision else {}
+    if target.scheme is not None:
+        nets["integers"] = of_scheme(target)
+    for folder, net in nets.items():
+        artifact = export(net, target=target, out=tmp_path / folder)
+        parity = verify(artifact, net, data=batches, task=Classification())
+        assert parity.gate in ("passed", "unchecked"), parity.reasons
+        # what is unchecked needs a package or a CPU that is not here
+        assert all("not installed" in r or "this host is another" in r for r in parity.reasons)
 
 
 def test_without_the_runtime_nothing_is_checked(
