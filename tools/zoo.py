@@ -16,9 +16,9 @@ compares near-ties.
 The gate: every convolution and matrix product that the scheme wants in integers is in integers in
 the graph that runs; locally no tensor is off by more than a step; end to end, without
 optimizations, the outputs are within half a step in the mean. On OpenVINO the end-to-end figure of
-its own kernels and their integers are shown. `jetson-orin-nano` is compiled too. Beside an end-to-end
-figure that fails stands how far the trained graph moves by itself if its images move by a thousandth:
-as far, and it is the random network that is chaotic, not the export that is wrong.
+its own kernels and their integers are shown. `jetson-orin-nano` is compiled too. Beside an
+end-to-end figure that fails stands how far the trained graph moves by itself if its images move by
+a thousandth: as far, and it is the random network that is chaotic, not the export that is wrong.
 """
 
 from __future__ import annotations

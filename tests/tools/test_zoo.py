@@ -22,7 +22,7 @@ SLICE = (
     ("torchvision", "mobilenet_v3_small", "host-onnxruntime"),
     ("torchvision", "shufflenet_v2_x0_5", "host-onnxruntime"),
     ("timm", "mobilevit_xxs", "host-onnxruntime"),
-    ("timm", "lcnet_050", "jetson-orin-nano"),
+    ("timm", "mnasnet_small", "jetson-orin-nano"),
 )
 
 
