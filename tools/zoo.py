@@ -292,6 +292,13 @@ def faults(record: dict[str, Any]) -> list[str]:
     return found
 
 
+def chaotic(record: dict[str, Any]) -> bool:
+    """Whether all that fails is the end-to-end figure of a network that moves as far by itself."""
+    sound = record | {"plain_mean_steps": 0.0}
+    own = record.get("own_mean_steps", 0.0)
+    return bool(faults(record)) and not faults(sound) and own > record["plain_mean_steps"] / 2
+
+
 def table(library: str) -> list[str]:
     """Markdown: n of m, then a line for each network."""
     found = [json.loads(path.read_text()) for path in sorted((KEPT / library).glob("*.json"))]
@@ -301,7 +308,11 @@ def table(library: str) -> list[str]:
         run = [r for r in found if r["scheme"] == scheme and r["params"] <= LARGEST]
         passed = sum(not faults(record) for record in run)
         share = f", {passed / len(run):.1%} of those" if run else ""
-        lines.append(f"- `{scheme}`: {len(run)} of {len(small)} run, {passed} passed{share}.")
+        alone = sum(chaotic(record) for record in run)
+        lines.append(
+            f"- `{scheme}`: {len(run)} of {len(small)} run, {passed} passed{share}; {alone} fail "
+            "only end to end and move about as far by themselves."
+        )
     large = sorted(set(names(library)) - set(small))
     captured = {r["model"] for r in found if r["stage"] == "captured"}
     if large:
