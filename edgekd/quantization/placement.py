@@ -175,8 +175,9 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no type
             return None
         args = arguments(node)
         if node.target in WEIGHTED:
-            stored = args[1].op == "get_attr"
-            return kind if stored and not (kind == "conv" and self._too_few(args[0])) else None
+            # on constants, as a positional encoding is, the exporter computes it beforehand
+            runs = args[1].op == "get_attr" and args[0] in self._varying
+            return kind if runs and not (kind == "conv" and self._too_few(args[0])) else None
         terms = args[0] if kind == "concat" else args[: 1 if kind == "pool" else 2]
         if not all(isinstance(t, Node) and t in self._varying for t in terms):
             return None

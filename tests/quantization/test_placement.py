@@ -415,6 +415,13 @@ def test_a_convolution_over_few_pooled_channels_stays_in_float_on_request(scheme
     assert quantized_activations(wide) == ["x", "conv2d"]
 
 
+def test_a_convolution_of_constants_stays_in_float(scheme: QuantScheme):
+    graph = place(graph_of(lambda m, x: m.a(x) * m.b(torch.ones(1, 4, 8, 8)), (4, 8, 8)), scheme)
+    assert intended_matrix_ops(graph) == 1
+    assert quantized_activations(graph)[:2] == ["x", "conv2d"]
+    assert left_in_float(graph)["conv2d"] == 1
+
+
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("activation", [F.relu, F.relu6])
 def test_the_graph_that_is_trained_leaves_activations_to_quantizers(

@@ -18,12 +18,13 @@ zoo.SIZES = (96, *zoo.SIZES)  # a fifth of the work
 
 SLICE = (
     ("torchvision", "squeezenet1_1", "host-onnxruntime"),
-    ("torchvision", "resnet18", "jetson-orin-nano"),
-    ("torchvision", "mobilenet_v3_small", "host-onnxruntime"),
-    ("torchvision", "shufflenet_v2_x0_5", "host-onnxruntime"),
-    ("timm", "mobilevit_xxs", "host-onnxruntime"),
-    ("timm", "mnasnet_small", "jetson-orin-nano"),
+    ("torchvision", "resnet18", "host-onnxruntime"),
+    ("torchvision", "mobilenet_v3_small", "jetson-orin-nano"),
+    ("torchvision", "shufflenet_v2_x0_5", "jetson-orin-nano"),
+    ("timm", "mobilevit_xxs", "jetson-orin-nano"),
+    ("timm", "mnasnet_small", "host-onnxruntime"),
 )
+pytestmark = pytest.mark.timeout(900)  # half a minute each on an idle machine
 
 
 @pytest.fixture(scope="module", params=SLICE, ids="-".join)
