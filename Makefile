@@ -5,7 +5,7 @@ DATASET := /usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz
 
 .PHONY: demo quick test check lint setup data clean
 
-demo: setup data  ## teacher → student → integers → four targets on Fashion-MNIST (about 13 minutes)
+demo: setup data  ## teacher → student → integers → four targets on Fashion-MNIST (about 8 minutes)
 	$(BIN)/edgekd run fashion-mnist
 
 quick: setup data  ## the same on a subset, in under three minutes
