@@ -20,7 +20,7 @@ from torch.fx import GraphModule
 from edgekd.data.base import BatchSource, evaluation_batches, train_steps, training_batches
 from edgekd.errors import TrainingError
 from edgekd.network import Network
-from edgekd.quantization.placement import training_graph
+from edgekd.quantization.placement import input_scales, training_graph
 from edgekd.reporting.progress import Progress
 from edgekd.rundir import RunDir
 from edgekd.tasks.base import Score, Task
@@ -78,6 +78,14 @@ def fit(
     """
     # channels-last convolutions are 1.3 times as fast on the CPU, and what tensor cores want
     net.module.to(on.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    fixed: list[Tensor] = []
+    trained = net.module
+    if net.scheme is not None:
+        assert isinstance(net.module, GraphModule)
+        fixed = input_scales(net.module)
+        trained = training_graph(net.module)
+    for scale in fixed:
+        scale.requires_grad_(False)
     learnt = terms if isinstance(terms, torch.nn.Module) else torch.nn.Module()
     learnt.to(on.device)
     optimizer = _optimizer(net, learnt, lr, weight_decay)
@@ -89,10 +97,6 @@ def fit(
         net.load_state(state["net"], "last.ckpt")
         learnt.load_state_dict(state["terms"])
         optimizer.load_state_dict(state["optimizer"])
-    trained = net.module
-    if net.scheme is not None:
-        assert isinstance(net.module, GraphModule)
-        trained = training_graph(net.module)
     module = on.setup_module(trained)
     if any(True for _ in learnt.parameters()):
         terms = on.setup_module(learnt)
@@ -161,7 +165,7 @@ def fit(
             start, count, sums = 0, 0, {}
             checkpoint()
             saved_at = time.monotonic()
-    for scale in learnt_scales:
+    for scale in (*learnt_scales, *fixed):
         scale.requires_grad_(True)
     # as it will be when it is loaded: kernels and captured graphs depend on the memory format
     net.module.to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]

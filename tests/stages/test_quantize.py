@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 from edgekd.errors import ModelError, RecipeError, TargetError
 from edgekd.network import Network
-from edgekd.quantization.placement import quantizers
+from edgekd.quantization.placement import input_scales, quantizers
 from edgekd.stages.export import export
 from edgekd.stages.quantize import quantize
 from edgekd.stages.verify import verify
@@ -106,6 +106,8 @@ def test_training_moves_weights_and_scales(
     assert accuracy(net, batches) > 0.95
     moved = [(scales(net)[name] != scale).any() for name, scale in scales(start).items()]
     assert sum(map(bool, moved)) > 0.8 * len(moved)
+    for (own,), (before,) in [(input_scales(net.module), input_scales(start.module))]:
+        assert torch.equal(own, before) and own.requires_grad  # images keep their range
     weight = "stages.0.0.conv1.weight"
     assert not torch.equal(net.state()[weight], start.state()[weight])
     assert all((scale > 0).all() for scale in scales(net).values())
