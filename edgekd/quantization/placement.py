@@ -345,8 +345,8 @@ def training_graph(placed: GraphModule) -> GraphModule:
 def input_scales(placed: GraphModule) -> list[torch.Tensor]:
     """Scales of the network's inputs, which training leaves as they were calibrated.
 
-    To learn them, the first layer would have to compute gradients of images: a pass at the highest
-    resolution, in which torch 2.14 crashes on a CPU for a 1 × 1 convolution of stride 2.
+    To learn them, the first layer would have to compute gradients of images, at the highest
+    resolution that the network has.
     """
     readers = (user for node in placed.graph.find_nodes(op="placeholder") for user in node.users)
     modules = (placed.get_submodule(str(r.target)) for r in readers if r.op == "call_module")
