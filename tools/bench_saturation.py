@@ -39,6 +39,7 @@ class Elsewhere:
 
     def __init__(self, runtime: str, path: Path, emulator: list[str]) -> None:
         self.input_shapes, self.input_types = [], ["float32"]
+        self._runtime, self._path = runtime, path
         self._command = [*emulator, sys.executable, __file__, "--child", runtime, str(path)]
 
     def __call__(self, inputs: Arrays) -> Arrays:
@@ -46,8 +47,8 @@ class Elsewhere:
         return list(self._run(inputs, []).values())
 
     def integer_share(self) -> tuple[int, int]:
-        """Not asked here."""
-        raise NotImplementedError
+        """Of the same file on this CPU."""
+        return get_runtime(self._runtime).load(self._path, threads=1).integer_share()
 
     def tensors(self, inputs: Arrays, names: list[str]) -> dict[str, np.ndarray]:
         """By name."""
