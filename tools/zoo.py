@@ -228,7 +228,8 @@ def child(library: str, name: str, scheme: str, path: Path, memory_gib: float) -
     try:
         one(library, name, scheme, record)
     except Exception as error:  # whatever it is, it is the result
-        record["error"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"
+        message = (str(error).strip() or "no message").splitlines()[0]
+        record["error"] = f"{type(error).__name__}: {message[:300]}"
         traceback.print_exc()
     record["seconds"] = round(time.monotonic() - began, 1)
     write_atomically(path, json.dumps(record, indent=1))

@@ -20,6 +20,9 @@ aten = torch.ops.aten
 def canonicalize(graph: Graph) -> None:
     """Apply every rewrite of the table to every node; what is computed twice, compute once."""
     for node in list(graph.nodes):
+        if node.target is torch.ops.higher_order.wrap_with_autocast:
+            inline(node, *node.args)
+    for node in list(graph.nodes):
         if rewrite := REWRITES.get(node.target):
             rewrite(node, *node.args, **node.kwargs)
     seen: dict[Any, Node] = {}
@@ -55,6 +58,22 @@ def _replace(node: Node, by: Node) -> None:
     node.replace_all_uses_with(by)
     node.graph.erase_node(node)
     by.name = node.name
+
+
+def inline(
+    node: Node, device: str, dtype: Any, enabled: bool, cached: Any, body: Node, *inputs: Any
+) -> None:
+    """What is computed with `torch.autocast` turned off is computed like all else."""
+    inner: Graph = getattr(node.graph.owning_module, str(body.target)).graph
+    if enabled or inner.find_nodes(op="get_attr"):
+        return
+    values = dict(zip(inner.find_nodes(op="placeholder"), inputs, strict=True))
+    with node.graph.inserting_before(node):
+        outputs: Any = node.graph.graph_copy(inner, values)
+    for user in list(node.users):  # each takes one of the outputs
+        user.replace_all_uses_with(outputs[user.args[1]])
+        node.graph.erase_node(user)
+    node.graph.erase_node(node)
 
 
 def flat_linear(node: Node, x: Node, *rest: Any) -> None:

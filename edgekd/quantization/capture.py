@@ -76,12 +76,14 @@ def groups_of(node: Node) -> int:
 
 
 def tensor_of(graph_module: GraphModule, node: Node | None) -> Tensor | None:
-    """The parameter or buffer that a get_attr node reads."""
+    """The parameter or buffer that a get_attr node reads; None if it is a graph of its own.
+
+    Such a graph is what a network computes under `torch.autocast`; it stays in float.
+    """
     if node is None:
         return None
     tensor = operator.attrgetter(str(node.target))(graph_module)
-    assert isinstance(tensor, Tensor)
-    return tensor
+    return tensor if isinstance(tensor, Tensor) else None
 
 
 def capture(module: nn.Module, example_inputs: Sequence[Tensor]) -> GraphModule:

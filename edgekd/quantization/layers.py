@@ -6,6 +6,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -79,9 +80,10 @@ def _readers(graph: GraphModule) -> Counter[int]:
     """id of each stored tensor -> operators that read it, itself or through its quantizers."""
     count: Counter[int] = Counter()
     for node in graph.graph.nodes:
-        if node.op == "get_attr":
+        tensor = tensor_of(graph, node) if node.op == "get_attr" else None
+        if tensor is not None:
             readers = [len(u.users) if quantizer_at(graph, u) else 1 for u in node.users]
-            count[id(tensor_of(graph, node))] += sum(readers)
+            count[id(tensor)] += sum(readers)
     return count
 
 
@@ -150,9 +152,8 @@ def _evaluate(
     if node.op == "placeholder":
         return list(batches)
     if node.op == "get_attr":
-        return [tensor_of(graph, node) if floats is None else floats[str(node.target)]] * len(
-            batches
-        )
+        own = attrgetter(str(node.target))(graph)
+        return [own if floats is None else floats.get(str(node.target), own)] * len(batches)
     quantizer = quantizer_at(graph, node)
     if quantizer is not None and floats is not None:
         return values[arguments(node)[0]]

@@ -32,6 +32,12 @@ def masked(_: Any, x: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(x, x.sin(), x.cos(), mask, scale=0.3)
 
 
+def without_autocast(m: Any, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        y = m.linear(x.float())
+    return y.relu()
+
+
 # function, shape of a sample, operators that are gone, operators that are there
 CASES: dict[str, tuple[Callable[[Any, Tensor], Tensor], tuple[int, ...], set[Any], set[Any]]] = {
     "linear over tokens": (
@@ -65,6 +71,9 @@ CASES: dict[str, tuple[Callable[[Any, Tensor], Tensor], tuple[int, ...], set[Any
     ),
     "a slice of everything": (lambda _, x: 2 * x[:, :], (7, 4), {aten.slice.Tensor}, set()),
     "a slice of a part": (lambda _, x: 2 * x[:, 2:-1], (7, 4), set(), {aten.slice.Tensor}),
+    "autocast turned off": (
+        without_autocast, (4,), {torch.ops.higher_order.wrap_with_autocast}, {aten.linear.default}
+    ),
     "a type that was asserted": (
         lambda _, x: x * ~torch.zeros(4).to(torch.bool), (3, 4),
         {aten._assert_tensor_metadata.default}, set(),
