@@ -48,7 +48,7 @@ from edgekd.reporting.report import (
     TeacherRow,
 )
 from edgekd.rundir import RunDir
-from edgekd.runtimes.base import Artifact, get_runtime
+from edgekd.runtimes.base import Artifact, get_runtime, verifying_runtime
 from edgekd.stages.distill import distill
 from edgekd.stages.export import export
 from edgekd.stages.profile import profile_together
@@ -363,7 +363,7 @@ class _Run:
     ) -> tuple[Path, Artifact, Parity]:
         """(folder, artifact, parity) of one network on one target."""
         gates = self.recipe.verify.model_dump() if checked else None
-        runtime = get_runtime("onnxruntime" if target.verifier == "emulated" else target.runtime)
+        runtime = verifying_runtime(target)
         folder = self._folder(
             f"export-{target.name}",
             "export",

@@ -94,8 +94,8 @@ class Target(_Frozen):
 
     Attributes:
         runtime: key of the table of runtimes ("onnxruntime", "openvino", "tensorrt").
-        verifier: "native": this host has the device's kernels; "emulated": it has not, and the
-            artifact is run in ONNX Runtime with optimizations off.
+        verifier: "native": this host has the device's kernels; "emulated": it has not, and
+            another runtime stands in, see `Runtime.emulator`.
         machines: hosts whose kernels count as native, as `platform.machine()` names them;
             empty: all.
         instructions: likewise, as `host_instruction_set` names them.

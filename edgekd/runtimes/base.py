@@ -178,10 +178,18 @@ class Session(Protocol):
 
 
 class Runtime(Protocol):
-    """One inference runtime."""
+    """One inference runtime.
+
+    Attributes:
+        suffix: of the files it opens.
+        emulator: the runtime that opens them where the device is not here.
+        plain: whether it can run a file as written, without its optimizations.
+    """
 
     name: str
     suffix: str
+    emulator: str
+    plain: bool
 
     def version(self) -> str:
         """Of the installed package; MissingPackageError where there is none."""
@@ -207,3 +215,9 @@ def get_runtime(name: str) -> Runtime:
     module, _, attribute = RUNTIMES[name].partition(":")
     runtime: Runtime = getattr(importlib.import_module(module), attribute)()
     return runtime
+
+
+def verifying_runtime(target: Target) -> Runtime:
+    """The runtime that checks the target's artifacts here: its own, or what stands in for it."""
+    runtime = get_runtime(target.runtime)
+    return get_runtime(runtime.emulator) if target.verifier == "emulated" else runtime

@@ -33,6 +33,8 @@ class OnnxRuntime:
 
     name = "onnxruntime"
     suffix = ".onnx"
+    emulator = "onnxruntime"
+    plain = True
 
     def version(self) -> str:
         """Of the installed package."""

@@ -34,6 +34,8 @@ class OpenVino:
 
     name = "openvino"
     suffix = ".xml"
+    emulator = "openvino"
+    plain = False
 
     def version(self) -> str:
         """Of the installed package."""

@@ -58,6 +58,8 @@ class TensorRt:
 
     name = "tensorrt"
     suffix = ".onnx"
+    emulator = "onnxruntime"
+    plain = False
 
     def version(self) -> str:
         """Of what can compile here: nothing is needed to export."""

@@ -22,7 +22,7 @@ from edgekd.runtimes.base import (
     Artifact,
     CompileCheck,
     Session,
-    get_runtime,
+    verifying_runtime,
 )
 from edgekd.runtimes.local_parity import LocalParity, local_parity
 from edgekd.runtimes.tensorrt import compile_check
@@ -38,8 +38,8 @@ class Parity(BaseModel):
     """Figures of an artifact against the Network it came from, and the gate.
 
     Attributes:
-        verifier: "native": the device's kernels ran; "emulated": ONNX Runtime without
-            optimizations ran; None if nothing could run.
+        verifier: "native": the device's kernels ran; "emulated": another runtime stood
+            in for it; None if nothing could run.
         agreement: share of samples with the same answer.
         max_steps, mean_steps: difference of outputs in steps; a step is the scale of the
             output's quantizer, or amax / 127 where the output is float. INT8 only.
@@ -108,8 +108,9 @@ def verify(
         reason = f"{target.name} needs {target.needs}; this host is another"
         return Parity(**common, verifier=None, gate="unchecked", reasons=(reason,))
     try:
-        runtime = get_runtime("onnxruntime" if emulated else target.runtime)
-        session = runtime.load(artifact.path, threads=torch.get_num_threads(), emulated=emulated)
+        runtime = verifying_runtime(target)
+        plain = emulated and runtime.plain
+        session = runtime.load(artifact.path, threads=torch.get_num_threads(), emulated=plain)
     except MissingPackageError as error:
         return Parity(**common, verifier=None, gate="unchecked", reasons=(str(error),))
 
@@ -158,11 +159,11 @@ def verify(
                 f"{integer} matrix operators run in integers; only {intended} are meant to: the "
                 "runtime quantizes the others by itself"
             )
-        written = session if emulated else None
-        if runtime.name == "onnxruntime" and not emulated:
+        written = session if plain else None
+        if runtime.plain and not emulated:
             written = runtime.load(artifact.path, threads=torch.get_num_threads(), emulated=True)
         figures["local"] = local = local_parity(
-            net, first[:LOCAL_SAMPLES], written=written, shipped=None if emulated else session
+            net, first[:LOCAL_SAMPLES], written=written, shipped=None if plain else session
         )
         failed += _local_failures(local, local_exact)
     else:

@@ -329,10 +329,10 @@ def test_another_devices_artifact_is_emulated(
     int8_artifact: Artifact, quantized: Network, batches: Batches, monkeypatch: pytest.MonkeyPatch
 ):
     asked: list[bool] = []
-    get_runtime = stage.get_runtime
+    verifying_runtime = stage.verifying_runtime
 
-    def watched(name: str) -> Any:
-        runtime = get_runtime(name)
+    def watched(target: Target) -> Any:
+        runtime = verifying_runtime(target)
         load = runtime.load
 
         def loaded(path: Path, *, threads: int, emulated: bool = False) -> Any:
@@ -342,7 +342,7 @@ def test_another_devices_artifact_is_emulated(
         monkeypatch.setattr(runtime, "load", loaded, raising=False)
         return runtime
 
-    monkeypatch.setattr(stage, "get_runtime", watched)
+    monkeypatch.setattr(stage, "verifying_runtime", watched)
     phone = int8_artifact.model_copy(update={"target": "android-arm64"})
     parity = verify(phone, quantized, data=batches, task=Classification())
     assert (parity.gate, parity.verifier, asked) == ("passed", "emulated", [True])
