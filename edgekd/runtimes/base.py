@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from edgekd.errors import StateError, TargetError, describe_invalid, nearest
 from edgekd.files import write_atomically
 from edgekd.network import Network
+from edgekd.runtimes.integer_ends import IntegerEnds
 from edgekd.target import Precision, Target
 
 Arrays = list[NDArray[np.float32]]
@@ -162,10 +163,12 @@ class Session(Protocol):
     Attributes:
         input_shapes: of one sample, batch axis 1 included.
         input_types: NumPy's names of them. Integer inputs take floats as well, see `integer_ends`.
+        integers: its integer inputs and outputs.
     """
 
     input_shapes: list[tuple[int, ...]]
     input_types: list[str]
+    integers: IntegerEnds
 
     def __call__(self, inputs: Arrays) -> Arrays:
         """Run one batch: arrays of (N, ...) in, arrays out."""

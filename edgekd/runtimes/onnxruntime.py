@@ -61,9 +61,9 @@ class OrtSession:
         inputs = self._session.get_inputs()
         self._inputs = [i.name for i in inputs]
         self._outputs = [o.name for o in self._session.get_outputs()]
-        self._integers = IntegerEnds.read(self._session.get_modelmeta().custom_metadata_map)
+        self.integers = IntegerEnds.read(self._session.get_modelmeta().custom_metadata_map)
         self.input_types = [
-            self._integers[n].dtype if n in self._integers else "float32" for n in self._inputs
+            self.integers[n].dtype if n in self.integers else "float32" for n in self._inputs
         ]
         self.input_shapes = [(1, *i.shape[1:]) for i in inputs]
 
@@ -88,7 +88,7 @@ class OrtSession:
 
     def _run(self, session: ort.InferenceSession, inputs: Arrays, names: list[str]) -> Arrays:
         given = dict(zip(self._inputs, inputs, strict=True))
-        return self._integers.run(
+        return self.integers.run(
             lambda arrays: session.run(names, dict(zip(given, arrays, strict=True))), given, names
         )
 

@@ -43,7 +43,7 @@ class OpenVino:
         return version.partition("-")[0]
 
     def export(self, net: Network, target: Target, path: Path) -> dict[str, str]:
-        """Write the IR: `.xml` and `.bin`, weights in the types they have."""
+        """Write the IR: `.xml` and `.bin`; float weights as the device computes, FP16 or FP32."""
         openvino = _openvino()
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder) / "model.onnx"
@@ -53,8 +53,9 @@ class OpenVino:
             model = openvino.convert_model(source)
             if KEY in exported.metadata_props:
                 model.set_rt_info(exported.metadata_props[KEY], KEY)
+            half = net.scheme is None and target.float_precision == "fp16"
             try:
-                openvino.save_model(model, path, compress_to_fp16=False)
+                openvino.save_model(model, path, compress_to_fp16=half)
             except RuntimeError as error:
                 raise OSError(f"OpenVINO could not write {path}: {error}") from None
         return versions | {"openvino": self.version()}
@@ -79,12 +80,12 @@ class OpenVinoSession:
             raise StateError(f"OpenVINO refuses {path}: {error}") from error
         self._compiled = self._compile(self._model)
         known = self._model.has_rt_info(KEY)
-        self._integers = IntegerEnds.read(
+        self.integers = IntegerEnds.read(
             {KEY: self._model.get_rt_info(KEY).astype(str)} if known else {}
         )
         self._inputs = [self._name(i) for i in self._model.inputs]
         self.input_types = [
-            self._integers[n].dtype if n in self._integers else "float32" for n in self._inputs
+            self.integers[n].dtype if n in self.integers else "float32" for n in self._inputs
         ]
         self.input_shapes = [
             (1, *(d.get_length() for d in list(i.partial_shape)[1:])) for i in self._model.inputs
@@ -109,11 +110,11 @@ class OpenVinoSession:
             return [np.array(results[o]) for o in compiled.outputs]
 
         given = dict(zip(self._inputs, inputs, strict=True))
-        return self._integers.run(run, given, [self._name(o) for o in compiled.outputs])
+        return self.integers.run(run, given, [self._name(o) for o in compiled.outputs])
 
     def _name(self, port: Any) -> str:
         """Of its names the one that tells its integers, if any does."""
-        return next((n for n in port.names if n in self._integers), str(port.any_name))
+        return next((n for n in port.names if n in self.integers), str(port.any_name))
 
     def integer_share(self) -> tuple[int, int]:
         """Read off the compiled model's runtime information."""
