@@ -27,7 +27,7 @@ import torch
 from torch.fx import GraphModule
 
 from edgekd import __version__
-from edgekd.data.base import Data
+from edgekd.data.base import Data, evaluation_batches
 from edgekd.data.readers import read_data
 from edgekd.errors import RecipeError, StateError
 from edgekd.files import write_atomically
@@ -387,7 +387,8 @@ class _Run:
                 Parity.model_validate_json((folder / "parity.json").read_text()),
             )
         self._say(folder)
-        artifact = export(node.net, target=target, out=folder)
+        images = next(evaluation_batches(self.data))[0]
+        artifact = export(node.net, target=target, out=folder, examples=images)
         if gates is None:
             parity = Parity(
                 target=target.name, precision=artifact.precision, verifier=target.verifier,

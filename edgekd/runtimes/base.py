@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -155,6 +156,15 @@ class TensorDifference(BaseModel):
             tensor=tensor, elements=steps.size, unequal=int((steps >= 0.5).sum()),
             mean_steps=float(steps.mean()), max_steps=float(steps.max()),
         )  # fmt: skip
+
+
+def in_batches(run: Callable[[Arrays], Arrays], inputs: Arrays, fixed: int | None) -> Arrays:
+    """`run` on inputs of (N, ...); `fixed` at a time where the file takes no other count."""
+    if fixed is None or len(inputs[0]) == fixed:
+        return run(inputs)
+    starts = range(0, len(inputs[0]), fixed)
+    parts = [run([x[i : i + fixed] for x in inputs]) for i in starts]
+    return [np.concatenate(part) for part in zip(*parts, strict=True)]
 
 
 class Session(Protocol):

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from edgekd.errors import MissingPackageError, StateError
 from edgekd.network import Network
-from edgekd.runtimes.base import Arrays
+from edgekd.runtimes.base import Arrays, in_batches
 from edgekd.runtimes.integer_ends import KEY, IntegerEnds
 from edgekd.runtimes.onnx_graph import own_zero_points, save_onnx, to_onnx
 from edgekd.target import Target
@@ -90,6 +90,8 @@ class OpenVinoSession:
         self.input_shapes = [
             (1, *(d.get_length() for d in list(i.partial_shape)[1:])) for i in self._model.inputs
         ]
+        first = self._model.inputs[0].partial_shape[0]
+        self._fixed = first.get_length() if first.is_static else None
 
     def _compile(self, model: Any) -> Any:
         settings = {
@@ -110,7 +112,8 @@ class OpenVinoSession:
             return [np.array(results[o]) for o in compiled.outputs]
 
         given = dict(zip(self._inputs, inputs, strict=True))
-        return self.integers.run(run, given, [self._name(o) for o in compiled.outputs])
+        names = [self._name(o) for o in compiled.outputs]
+        return self.integers.run(lambda x: in_batches(run, x, self._fixed), given, names)
 
     def _name(self, port: Any) -> str:
         """Of its names the one that tells its integers, if any does."""
