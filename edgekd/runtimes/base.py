@@ -202,6 +202,8 @@ class Runtime(Protocol):
 
 
 RUNTIMES = {
+    "executorch": "edgekd.runtimes.executorch:ExecuTorch",
+    "litert": "edgekd.runtimes.litert:LiteRt",
     "onnxruntime": "edgekd.runtimes.onnxruntime:OnnxRuntime",
     "openvino": "edgekd.runtimes.openvino:OpenVino",
     "tensorrt": "edgekd.runtimes.tensorrt:TensorRt",
