@@ -59,6 +59,7 @@ class ExecuTorch:
     suffix = ".pte"
     emulator = "executorch"
     plain = False
+    exact = 1.0
 
     def version(self) -> str:
         """Of the installed package."""
