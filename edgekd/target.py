@@ -34,7 +34,7 @@ class QuantScheme(_Frozen):
         add_inputs: which inputs of a residual Add are quantized: both, or all but the convolution
             that the Add is fused into ("skip").
         shared_scales: operators whose inputs and output have one scale, as integer-only runtimes
-            want it.
+            want it; of poolings, those over windows, not those over whole maps.
         outputs: whether the output of an integer operator is quantized too.
         integer_inputs, integer_outputs: whether the file takes and gives integers; their scales are
             in its metadata, see `integer_ends`.
@@ -51,7 +51,7 @@ class QuantScheme(_Frozen):
     bias: Literal["int32", "float"]
     fold_weights: bool = True
     add_inputs: Literal["both", "skip"]
-    shared_scales: tuple[Literal["add", "concat"], ...] = ()
+    shared_scales: tuple[Literal["add", "concat", "pool"], ...] = ()
     outputs: bool
     least_pooled_channels: int = 1
     integer_inputs: bool = False

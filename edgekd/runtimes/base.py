@@ -197,12 +197,15 @@ class Runtime(Protocol):
         suffix: of the files it opens.
         emulator: the runtime that opens them where the device is not here.
         plain: whether it can run a file as written, without its optimizations.
+        exact: share of elements that each of its integer operators gives exactly, at least; below
+            1 where its arithmetic rounds sums more than once.
     """
 
     name: str
     suffix: str
     emulator: str
     plain: bool
+    exact: float
 
     def version(self) -> str:
         """Of the installed package; MissingPackageError where there is none."""
@@ -215,6 +218,8 @@ class Runtime(Protocol):
 
 
 RUNTIMES = {
+    "executorch": "edgekd.runtimes.executorch:ExecuTorch",
+    "litert": "edgekd.runtimes.litert:LiteRt",
     "onnxruntime": "edgekd.runtimes.onnxruntime:OnnxRuntime",
     "openvino": "edgekd.runtimes.openvino:OpenVino",
     "tensorrt": "edgekd.runtimes.tensorrt:TensorRt",

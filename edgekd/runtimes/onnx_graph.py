@@ -54,7 +54,7 @@ def to_onnx(net: Network, target: Target) -> ir.Model:
         lower(model, target.opset, target.name)
     _drop_unused(model)
     _drop_traces(model)
-    model.metadata_props.update(_metadata(net, target))
+    model.metadata_props.update(metadata(net, target))
     return model
 
 
@@ -65,7 +65,7 @@ def _exported(net: Network, opset: int, unsigned: bool, device: str) -> ir.Model
         return kept
     program = net.program(unsigned=unsigned)
     try:
-        with _quiet():
+        with quiet("torch.onnx"):
             exported = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False)
     except torch.onnx.OnnxExporterError as error:
         raise ModelError(f"{net!r} has no ONNX form: {error}") from error
@@ -97,9 +97,9 @@ def save_onnx(model: ir.Model, path: Path) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter's progress lines and its notes on our own operators off the terminal."""
-    logger = logging.getLogger("torch.onnx")
+def quiet(name: str) -> Iterator[None]:
+    """Keep an exporter's progress lines, and the notes of the logger `name`, off the terminal."""
+    logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
@@ -140,7 +140,8 @@ def _name_quantized(model: ir.Model, net: Network) -> None:
             readers[0].outputs[0].name = quantized_name(tensor)
 
 
-def _metadata(net: Network, target: Target) -> dict[str, str]:
+def metadata(net: Network, target: Target) -> dict[str, str]:
+    """What a file says of itself: target, labels, preprocessing and scheme."""
     facts = {
         "edgekd.version": __version__,
         "edgekd.target": target.name,

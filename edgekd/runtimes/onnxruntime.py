@@ -35,6 +35,7 @@ class OnnxRuntime:
     suffix = ".onnx"
     emulator = "onnxruntime"
     plain = True
+    exact = 1.0
 
     def version(self) -> str:
         """Of the installed package."""

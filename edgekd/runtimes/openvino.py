@@ -37,6 +37,7 @@ class OpenVino:
     suffix = ".xml"
     emulator = "openvino"
     plain = False
+    exact = 1.0
 
     def version(self) -> str:
         """Of the installed package."""

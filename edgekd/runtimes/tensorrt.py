@@ -62,6 +62,7 @@ class TensorRt:
     suffix = ".onnx"
     emulator = "onnxruntime"
     plain = False
+    exact = 1.0
 
     def version(self) -> str:
         """Of what can compile here: nothing is needed to export."""
