@@ -23,7 +23,6 @@ from torch import Tensor
 from edgekd.files import write_atomically
 from edgekd.network import Network
 from edgekd.runtimes.base import fingerprint, verifying_runtime
-from edgekd.runtimes.integer_ends import IntegerEnds
 from edgekd.runtimes.variants import write_variants
 from edgekd.target import Precision, Target
 
@@ -54,9 +53,6 @@ def write_bundle(
     np.savez_compressed(packed, allow_pickle=False, **arrays)
     write_atomically(path.with_name("check.npz"), packed.getvalue())
     digest, size = fingerprint(path)
-    integers = IntegerEnds()
-    if net.scheme is not None and (net.scheme.integer_inputs or net.scheme.integer_outputs):
-        integers = verifying_runtime(target).load(path, threads=1).integers
     manifest: dict[str, Any] = {
         "format": 1,
         "target": target.name,
@@ -72,7 +68,7 @@ def write_bundle(
         "size_bytes": size,
         "io": net.io.model_dump(mode="json"),
         "layout": target.layout,
-        "integers": {name: end.model_dump() for name, end in integers.items()},
+        "integers": _integers(path, net, target),
         "scheme": None if net.scheme is None else net.scheme.model_dump(mode="json"),
         "check": {
             "file": "check.npz",
@@ -92,6 +88,18 @@ def write_bundle(
             for word, value in _words(path, net).items():
                 text = text.replace(f"@{word}@", value)
             write_atomically(path.with_name(name), text)
+
+
+def _integers(path: Path, net: Network, target: Target) -> dict[str, Any]:
+    """The file's integer inputs and outputs, by the network's names for them."""
+    if net.scheme is None or not (net.scheme.integer_inputs or net.scheme.integer_outputs):
+        return {}
+    known = verifying_runtime(target).load(path, threads=1).integers
+    ends = {f"input {i}": each.name for i, each in enumerate(net.io.inputs)}
+    ends |= {f"output {i}": name for i, name in enumerate(net.io.outputs)}
+    # some formats number their ends
+    found = {name: known.get(name, known.get(number)) for number, name in ends.items()}
+    return {name: end.model_dump() for name, end in found.items() if end is not None}
 
 
 def _examples(net: Network, examples: Tensor | None) -> tuple[Tensor, ...]:
