@@ -40,7 +40,7 @@ OPTIONS = {
 CLIENT_FAILED = 255  # the client's own exit code
 SLACK_SECONDS = 30.0  # to connect, and for the device to end what takes too long
 QUERY_SECONDS = 120.0
-# what the client says, lowest case -> what is wrong, and the remedy
+# what the client says, in lower case -> what is wrong, and the remedy
 FAILURES = {
     "remote host identification has changed":
         "its host key is not the one that is known: it was set up again, or another machine "
@@ -208,7 +208,7 @@ class SshDevice:
         try:
             done = subprocess.run(command, capture_output=True, timeout=timeout, **source)
         except subprocess.TimeoutExpired as error:
-            raise self._too_long(argv[0], error.timeout) from None
+            raise self._too_long("the command", error.timeout) from None
         if done.returncode == CLIENT_FAILED:
             raise DeviceError(f"{self.address}: {self._failure(_text(done.stderr))}")
         return done
@@ -222,9 +222,9 @@ class SshDevice:
                 return meaning.format(known_as=known_as, by_hand=by_hand)
         return f"the link failed; try again: what has arrived stays ({said.strip()[-300:]})"
 
-    def _too_long(self, program: str, seconds: float) -> DeviceError:
+    def _too_long(self, what: str, seconds: float) -> DeviceError:
         return DeviceError(
-            f"{self.address}: {program} did not end within {seconds:.0f} s; is the device busy, "
+            f"{self.address}: {what} did not end within {seconds:.0f} s; is the device busy, "
             "or the link down?"
         )
 
