@@ -102,7 +102,8 @@ class Network:
         self.scheme: QuantScheme | None = None
         self.float_layers: tuple[str, ...] = ()
         self.resized: Resized = {}
-        self._programs: dict[bool, torch.export.ExportedProgram] = {}
+        self._programs: dict[tuple[bool, bool], torch.export.ExportedProgram] = {}
+        self.onnx: dict[tuple[int, bool], Any] = {}  # kept by `runtimes/onnx_graph.py`
         self.io = IO(
             inputs=tuple(
                 Input(
@@ -182,7 +183,8 @@ class Network:
     def copy(self) -> Network:
         """An independent copy; the stages train copies, never what they were given."""
         other = copy.copy(self)
-        other.module, other._programs = copy.deepcopy(self.module), {}
+        other.module = copy.deepcopy(self.module)
+        other._programs, other.onnx = {}, {}
         return other
 
     def quantized(
@@ -190,13 +192,16 @@ class Network:
     ) -> Network:
         """This network with `graph`, placed for `scheme` and `float_layers`, as its module."""
         other = copy.copy(self)
-        other.module, other.scheme, other._programs = graph, scheme, {}
+        other.module, other.scheme = graph, scheme
+        other._programs, other.onnx = {}, {}
         other.float_layers = tuple(sorted(float_layers))
         return other
 
     # ---- export ------------------------------------------------------------------------------
 
-    def program(self, *, unsigned: bool = False) -> torch.export.ExportedProgram:
+    def program(
+        self, *, unsigned: bool = False, fold_weights: bool = True
+    ) -> torch.export.ExportedProgram:
         """The network as every exporter takes it, computed once.
 
         Float: captured, BatchNorm folded. Quantized: a copy with quantize and dequantize
@@ -204,8 +209,11 @@ class Network:
 
         Args:
             unsigned: int8 activations as uint8; the zero points move, nothing else changes.
+            fold_weights: False for a converter that makes integers of the weights by itself; the
+                scheme may say so too.
         """
-        if unsigned not in self._programs:
+        key = unsigned, fold_weights
+        if key not in self._programs:
             from edgekd.quantization.capture import capture, export_graph
             from edgekd.quantization.convert import convert
 
@@ -213,11 +221,10 @@ class Network:
                 graph = capture(self.module, self.io.example(2))
             else:
                 assert isinstance(self.module, GraphModule)
-                graph = convert(
-                    self.module, unsigned=unsigned, fold_weights=self.scheme.fold_weights
-                )
-            self._programs[unsigned] = export_graph(graph, self.io.example(2))
-        return self._programs[unsigned]
+                fold = fold_weights and self.scheme.fold_weights
+                graph = convert(self.module, unsigned=unsigned, fold_weights=fold)
+            self._programs[key] = export_graph(graph, self.io.example(2))
+        return self._programs[key]
 
     # ---- disk --------------------------------------------------------------------------------
 
@@ -269,6 +276,7 @@ class Network:
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(state[name])
+        self._programs, self.onnx = {}, {}
 
     def save(self, folder: str | Path) -> None:
         """Write `spec.json` and `weights.safetensors`; nothing in them is pickled."""

@@ -68,6 +68,7 @@ KINDS: dict[Any, Kind] = {
     aten.pad.default: "pass",
     aten.constant_pad_nd.default: "pass",
 }
+WHOLE_POOL = aten.adaptive_avg_pool2d.default
 # they move numbers, or repeat them
 MOVING = {op for op, kind in KINDS.items() if kind == "pass"} | {
     aten.expand.default, aten.clone.default, aten.split.Tensor, aten.unbind.int, aten.roll.default,
@@ -207,7 +208,7 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no type
             inputs[args[1]] = self._weight(model, node)
         last = fused_activation(node) if kind in FUSING else node
         output = None
-        if kind in self.scheme.shared_scales:
+        if kind in self.scheme.shared_scales and node.target is not WHOLE_POOL:
             first, *others = inputs
             shared = SharedQuantizationSpec((first, node))
             inputs |= dict.fromkeys(others, shared)

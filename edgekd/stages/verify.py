@@ -99,7 +99,8 @@ def verify(
         integer_share: least share of integer matrix operators, for an INT8 artifact; layers that
             were left in float do not count.
         local_exact: least share of elements that each quantized operator gives exactly, of the
-            runtime's own inputs; none may be off by more than 1 step. See `local_parity`.
+            runtime's own inputs, or `Runtime.exact` where that is less; none may be off by more
+            than 1 step. See `local_parity`.
     """
     target = Target.load(artifact.target)
     emulated = target.verifier == "emulated"
@@ -167,7 +168,7 @@ def verify(
         figures["local"] = local = local_parity(
             net, first[:LOCAL_SAMPLES], written=written, shipped=None if plain else session
         )
-        failed += _local_failures(local, local_exact)
+        failed += _local_failures(local, min(local_exact, runtime.exact))
     else:
         figures["relative_error"] = max(
             float(np.abs(a - b).max() / max(float(np.abs(b).max()), 1e-30))
