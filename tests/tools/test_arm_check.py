@@ -34,12 +34,14 @@ def test_an_artifact_on_arm_kernels(
     quantized = quantize(trained, target=target, data=batches[:2], correct_bias=False)
     path = export(quantized, target=target, out=tmp_path).path
     images = batches[5][0][:12].numpy()
-    (theirs,), (integer, matrix_ops) = arm.run_on_arm(ROOT, target, path, [images], "default")
-    assert integer == matrix_ops > 3  # the integer kernels are what ran
+    (theirs,), kernels = arm.run_on_arm(ROOT, target, path, [images], "default")
+    assert kernels is not None
+    assert kernels[0] == kernels[1] > 3  # the integer kernels are what ran
     [here] = OnnxRuntime().load(path, threads=1, emulated=True)([images])
     assert theirs.shape == here.shape == (12, 4)
     step = arm.output_step(here, quantized)
     assert np.abs(theirs - here).max() < 0.01 * step
+    assert arm.bundle_passes(ROOT, target, tmp_path)
     with pytest.raises(arm.ArmError, match="exits with 1"):
         arm.run_on_arm(ROOT, target, path, [images[:, :1]], "default")
 
@@ -89,5 +91,13 @@ def test_figures_of_a_run(quantized: Network):
     assert (found["agreement"], found["exact"]) == (0.5, 7 / 8)
     assert found["max_steps"] == pytest.approx(2 / arm.output_step(ours, quantized))
     assert found["mean_steps"] == pytest.approx(found["max_steps"] / 8)
-    row = {"network": "n", "target": "t", "core": "c", "optimizations": "off", **found}
-    assert arm.table([row, row | {"integer": 4, "matrix_ops": 5}]).row_count == 2
+    row = {"network": "n", "target": "t", "core": "c", "file": "f", "optimizations": "off", **found}
+    assert arm.table([row, row | {"integer_matrix_ops": (4, 5)}]).row_count == 2
+
+
+def test_what_is_sound():
+    assert arm.agrees({"agreement": 0.995, "n": 1000})
+    assert not arm.agrees({"agreement": 0.994, "n": 1000})
+    assert arm.agrees({"agreement": 39 / 40, "n": 40})  # one answer
+    assert not arm.agrees({"agreement": 38 / 40, "n": 40})
+    assert not arm.agrees({"agreement": 1.0, "n": 40, "bundle_passes": False})
