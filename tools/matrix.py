@@ -260,7 +260,8 @@ def launch(name: str, minutes: float, again: list[str]) -> None:
         try:
             subprocess.run(
                 [sys.executable, __file__, "--child", name, "--again", *again], stdout=file,
-                stderr=file, timeout=60 * minutes, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                stderr=file, timeout=60 * minutes, check=False,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
             )  # fmt: skip
         except subprocess.TimeoutExpired:
             print(f"{name}: not done in {minutes:g} minutes", flush=True)
