@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -31,7 +30,6 @@ from edgekd.files import write_atomically
 from edgekd.network import Network
 from edgekd.quantization.capture import arguments
 from edgekd.quantization.layers import quantizer_at
-from edgekd.quantization.placement import quantized_activations
 from edgekd.runtimes.base import Arrays
 from edgekd.runtimes.integer_ends import IntegerEnd, IntegerEnds
 from edgekd.runtimes.onnx_graph import metadata, quantized_name, quiet
@@ -111,16 +109,13 @@ def _convert(net: Network) -> bytes:
         ModelError: an operator has no form there.
     """
     try:
-        with quiet("root"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet("root"):
             converter = import_module("litert_torch")
             quantization = import_module("litert_torch.quantize.quant_config")
             pt2e = import_module("litert_torch.quantize.pt2e_quantizer")
     except ImportError:
         raise MissingPackageError("litert-torch", "litert") from None
-    example = tuple(
-        x[:1].permute(0, 2, 3, 1) if x.dim() == 4 else x[:1] for x in net.io.example(2)
-    )
+    example = tuple(x[:1].permute(0, 2, 3, 1) if x.dim() == 4 else x[:1] for x in net.io.example(2))
     config = None
     if net.scheme is not None:
         # it says no more than that the integers are static: where they are, the graph says
