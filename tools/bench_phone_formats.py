@@ -1,17 +1,20 @@
-"""Phone formats beyond ONNX: are they integers throughout, and what was trained?
+"""Phone formats beyond ONNX: are they integers throughout, and what was quantized?
 
     pip install 'edgekd[litert,executorch]'
-    python tools/bench_phone_formats.py                   # about 3 minutes
+    python tools/bench_phone_formats.py --photos photos.zip      # about 5 minutes
 
-MobileNetV2 and ResNet-18 of torchvision (random weights, BatchNorm calibrated, 96 px), quantized
-post-training once for `android-litert` and `android-executorch`, which take the same integers.
-Outputs beside the quantized network's, element by element, in steps of the output's quantizer;
-operator by operator where the runtime shows inner tensors. Numbers only: nothing is timed but the
-conversion. Figures go to docs/bench/phone_formats.json.
+EfficientNet-Lite0 (its real ImageNet weights), MobileNetV2 and ResNet-18 (random weights, BatchNorm
+calibrated) at 96 px, quantized post-training on photographs, once for `android-litert` and
+`android-executorch`, which take the same integers. Outputs beside the quantized network's, element
+by element, in steps of the output's quantizer; operator by operator where the runtime shows inner
+tensors. Random weights hardly tell images apart: their outputs' step is a small part of what one
+step in an inner tensor becomes. Nothing is timed but the conversion. Figures go to
+docs/bench/phone_formats.json.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
 from importlib.metadata import version
@@ -21,8 +24,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import torchvision
-from torch import Tensor
+from bench_int8 import networks, photos
+from torch import Tensor, nn
+from torchvision.models import mobilenet_v2
 
 import edgekd
 from edgekd.files import write_atomically
@@ -30,7 +34,7 @@ from edgekd.latency.measuring import host_name, today
 from edgekd.runtimes.base import get_runtime
 
 RESULT = Path(__file__).parents[1] / "docs" / "bench" / "phone_formats.json"
-SIZE, CLASSES, SAMPLES = 96, 100, 64
+SIZE, CALIBRATION, SAMPLES = 96, 96, 64
 # format -> target, and its kernels by what they are called: whether as written
 FORMATS = {
     "tflite": ("android-litert", {"reference": True, "XNNPACK": False}),
@@ -38,33 +42,31 @@ FORMATS = {
 }
 
 
-def images(count: int, seed: int) -> Tensor:
-    """(N, 3, H, W) of smooth noise, as photographs are smooth."""
-    coarse = torch.randn(
-        count, 3, SIZE // 8, SIZE // 8, generator=torch.Generator().manual_seed(seed)
-    )
-    return torch.nn.functional.interpolate(coarse, size=(SIZE, SIZE), mode="bilinear")
-
-
-def network(name: str) -> edgekd.Network:
-    """Random weights, BatchNorm's statistics from noise."""
+def modules(x: Tensor) -> dict[str, nn.Module]:
+    """By name; `x` calibrates the BatchNorm of those with random weights."""
     torch.manual_seed(0)
-    module = getattr(torchvision.models, name)(num_classes=CLASSES).train()
-    with torch.no_grad():
-        for seed in range(10):
-            module(images(16, seed))
-    return edgekd.Network(module.eval(), torch.zeros(1, 3, SIZE, SIZE))
+    made = networks() | {"MobileNetV2": mobilenet_v2()}
+    for name in ("ResNet-18", "MobileNetV2"):
+        made[name].train()
+        with torch.no_grad():
+            for batch in x.split(16):
+                made[name](batch)
+        made[name].eval()
+    return made
 
 
 def main() -> None:
     """Each network in each format by each kind of kernels."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--photos", type=Path, required=True, help="zip of 256 × 256 JPEGs")
     torch.set_num_threads(1)
-    x = images(SAMPLES, 100)
+    whole = torch.cat(photos(parser.parse_args().photos))
+    whole = nn.functional.interpolate(whole, size=(SIZE, SIZE), mode="bilinear", antialias=True)
+    known, x = whole[:CALIBRATION], whole[CALIBRATION : CALIBRATION + SAMPLES]
     rows: list[dict[str, Any]] = []
-    for name in ("mobilenet_v2", "resnet18"):
-        net = network(name)
-        data = [images(16, seed) for seed in range(20, 26)]
-        quantized = edgekd.quantize(net, target="android-litert", data=data)
+    for name, module in modules(known).items():
+        net = edgekd.Network(module, x[:1])
+        quantized = edgekd.quantize(net, target="android-litert", data=[*known.split(16)])
         with torch.no_grad():
             ours = quantized(x).numpy()
         (end,) = quantized.module.graph.output_node().all_input_nodes
@@ -87,7 +89,7 @@ def main() -> None:
                             "elements": off.size, "within_one_step": float((off < 1.01).mean()),
                             "equal": float((off < 0.5).mean()), "max_steps": float(off.max()),
                             "integer": integer, "matrix_operators": matrix,
-                            "gate": parity.gate, "operators_exact": found and found.exact,
+                            "agreement": parity.agreement, "operators_exact": found and found.exact,
                             "operators_max_steps": found and found.max_steps,
                             "tensors_shown": found and f"{found.tensors} of {found.of}",
                             "size_bytes": artifact.size_bytes, "convert_s": round(seconds, 1),
