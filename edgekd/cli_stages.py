@@ -264,7 +264,7 @@ def profile(
 
     Example: edgekd profile model.onnx artifact --target host-onnxruntime
     """
-    from edgekd.runtimes.base import Artifact
+    from edgekd.runtimes.base import Artifact, fingerprint
     from edgekd.stages.profile import profile_together
 
     given = [Artifact.load(path) if path.is_dir() else path for path in artifacts]
@@ -280,12 +280,22 @@ def profile(
         title=f"{first.host}: {first.runtime} {first.runtime_version}, batch 1, "
         f"{first.threads} thread(s), {first.clock} clock, {first.runs} runs"
     )
-    for heading in ("file", "p50 ms", "p90 ms", "p99 ms", "load ms", "peak MiB"):
+    for heading in (
+        "file",
+        "p50 ms",
+        "p90 ms",
+        "p99 ms",
+        "load ms",
+        "file KiB",
+        "loaded MiB",
+        "peak MiB",
+    ):
         table.add_column(heading, justify="left" if heading == "file" else "right")
     for path, m in zip(artifacts, measured, strict=True):
-        peak = "" if m.peak_memory_mib is None else f"{m.peak_memory_mib:.1f}"
+        size = fingerprint(path if path.is_file() else Artifact.read(path).path)[1] / 1024
+        memory = ("" if x is None else f"{x:.1f}" for x in (m.load_memory_mib, m.peak_memory_mib))
         figures = (f"{x:.3f}" for x in (m.p50_ms, m.p90_ms, m.p99_ms, m.load_ms))
-        table.add_row(str(path), *figures, peak)
+        table.add_row(str(path), *figures, f"{size:.0f}", *memory)
     Console().print(table)
 
 

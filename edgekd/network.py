@@ -103,6 +103,7 @@ class Network:
         self.float_layers: tuple[str, ...] = ()
         self.resized: Resized = {}
         self._programs: dict[tuple[bool, bool], torch.export.ExportedProgram] = {}
+        self.onnx: dict[tuple[int, bool], Any] = {}  # kept by `runtimes/onnx_graph.py`
         self.io = IO(
             inputs=tuple(
                 Input(
@@ -182,7 +183,8 @@ class Network:
     def copy(self) -> Network:
         """An independent copy; the stages train copies, never what they were given."""
         other = copy.copy(self)
-        other.module, other._programs = copy.deepcopy(self.module), {}
+        other.module = copy.deepcopy(self.module)
+        other._programs, other.onnx = {}, {}
         return other
 
     def quantized(
@@ -190,7 +192,8 @@ class Network:
     ) -> Network:
         """This network with `graph`, placed for `scheme` and `float_layers`, as its module."""
         other = copy.copy(self)
-        other.module, other.scheme, other._programs = graph, scheme, {}
+        other.module, other.scheme = graph, scheme
+        other._programs, other.onnx = {}, {}
         other.float_layers = tuple(sorted(float_layers))
         return other
 
@@ -273,6 +276,7 @@ class Network:
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(state[name])
+        self._programs, self.onnx = {}, {}
 
     def save(self, folder: str | Path) -> None:
         """Write `spec.json` and `weights.safetensors`; nothing in them is pickled."""

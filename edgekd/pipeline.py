@@ -24,12 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.fx import GraphModule
 
 from edgekd import __version__
-from edgekd.data.base import Data
+from edgekd.data.base import Data, evaluation_batches
 from edgekd.data.readers import read_data
-from edgekd.errors import RecipeError, StateError
+from edgekd.errors import MissingPackageError, RecipeError, StateError
 from edgekd.files import write_atomically
 from edgekd.latency.measuring import Measurement, host_name
 from edgekd.models.build import build_module, load_weights, source_sha256, weights_sha256
@@ -48,12 +49,13 @@ from edgekd.reporting.report import (
     TeacherRow,
 )
 from edgekd.rundir import RunDir
-from edgekd.runtimes.base import Artifact, get_runtime, verifying_runtime
+from edgekd.runtimes.base import Artifact, Session, get_runtime, verifying_runtime
+from edgekd.runtimes.openvino import nncf_post_training
 from edgekd.stages.distill import distill
 from edgekd.stages.export import export
 from edgekd.stages.profile import profile_together
 from edgekd.stages.prune import prune
-from edgekd.stages.quantize import quantize
+from edgekd.stages.quantize import calibration_inputs, quantize
 from edgekd.stages.verify import Parity, verify
 from edgekd.target import QuantScheme, Target, host_instruction_set
 from edgekd.tasks.base import Difference, Score, Task, get_task
@@ -170,6 +172,8 @@ class _Run:
             if self.recipe.controls and self.recipe.quantize.epochs:
                 plain = self.quantized(target, student, teacher, epochs=0)
                 controls.append(self._control("post-training only", plain, name, node))
+            if self.recipe.controls and target.runtime == "openvino":
+                controls += self._nncf(target, student, name, node)
         rows: list[ArtifactRow] = []
         latencies: list[Latency] = []
         for target in self.targets:
@@ -290,12 +294,39 @@ class _Run:
             rows.append(self._control("not pruned", distilled, "pruned", student))
         return rows
 
-    def _control(self, name: str, control: Node, against: str, stage: Node) -> ControlRow:
-        """How much more `stage` scores than `control`; kept, as both are keyed by their inputs."""
+    def _nncf(
+        self, target: Target, student: Node, against: str, stage: Node
+    ) -> Iterator[ControlRow]:
+        """NNCF's post-training integers of the same float file, with OpenVINO's kernels."""
+        floats, artifact, _ = self._exported(target, student)
+        out = floats / "nncf" / "model.xml"
+        out.parent.mkdir(exist_ok=True)
+        inputs = calibration_inputs(self.data, self.recipe.quantize.calibration)
+        try:
+            if not out.with_suffix(".bin").exists():  # written last
+                nncf_post_training(artifact.path, [x.numpy() for x in inputs], out)
+        except MissingPackageError as error:
+            console.print(f"{target.name}: no baseline of NNCF's: {error}", markup=False)
+            return
+        session = get_runtime(target.runtime).load(out, threads=torch.get_num_threads())
+        net = student.net.copy()
+        net.module = _OfSession(session)
+        score = evaluate(net, task=self.task, data=self.data, on=fabric())
+        control = Node(f"nncf-{student.key}", student.net, score)
+        yield self._control("NNCF post-training", control, against, stage, net)
+
+    def _control(
+        self, name: str, control: Node, against: str, stage: Node, net: Network | None = None
+    ) -> ControlRow:
+        """How much more `stage` scores than `control`; kept, as both are keyed by their inputs.
+
+        Args:
+            net: what gives the control's outputs, if not its own network.
+        """
         kept = self.folder / "controls" / f"{stage.key}-{control.key}.json"
         if not kept.exists():
             ours, targets = gather(predict(stage.net, self.data, on=fabric()))
-            theirs, _ = gather(predict(control.net, self.data, on=fabric()))
+            theirs, _ = gather(predict(net or control.net, self.data, on=fabric()))
             kept.parent.mkdir(exist_ok=True)
             write_atomically(kept, self.task.difference(ours, theirs, targets).model_dump_json())
         gap = Difference.model_validate_json(kept.read_text())
@@ -387,7 +418,8 @@ class _Run:
                 Parity.model_validate_json((folder / "parity.json").read_text()),
             )
         self._say(folder)
-        artifact = export(node.net, target=target, out=folder)
+        images = next(evaluation_batches(self.data))[0]
+        artifact = export(node.net, target=target, out=folder, examples=images)
         if gates is None:
             parity = Parity(
                 target=target.name, precision=artifact.precision, verifier=target.verifier,
@@ -512,6 +544,18 @@ def _choose(
     preferred = max(sound, key=lambda i: target.precisions.index(parities[i].precision))
     how = "not measured: not this host" if target.verifier == "emulated" else "the only one sound"
     return preferred, f"{target.name} prefers it ({how})"
+
+
+class _OfSession(nn.Module):
+    """A loaded artifact where a module is wanted."""
+
+    def __init__(self, session: Session) -> None:
+        super().__init__()
+        self.session = session
+
+    def forward(self, x: torch.Tensor) -> Any:
+        found = [torch.from_numpy(y) for y in self.session([x.cpu().numpy()])]
+        return found[0] if len(found) == 1 else tuple(found)
 
 
 def _kept_measurement(path: Path) -> Measurement | None:

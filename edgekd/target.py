@@ -104,6 +104,12 @@ class Target(_Frozen):
         no_integers: why `scheme` is absent.
         compile_check: compute capability that stands in for the device's where the runtime can
             compile without it ("SM86"); None: nothing does.
+        device: what OpenVINO calls it ("CPU", "GPU", "NPU").
+        providers: of ONNX Runtime, before the CPU's.
+        layout: of the file's images.
+        variants: further files of the same network in the bundle: ONNX Runtime's format ("ort"),
+            and the file that takes integers ("integer_inputs").
+        snippets: examples for apps in the bundle.
         memory_mib: of the device.
         peak: figures of the device by name and unit (fp16_gflops, memory_gb_s).
     """
@@ -121,6 +127,11 @@ class Target(_Frozen):
     scheme: QuantScheme | None = None
     no_integers: str = ""
     compile_check: str | None = None
+    device: Literal["CPU", "GPU", "NPU"] = "CPU"
+    providers: tuple[str, ...] = ()
+    layout: Literal["NCHW", "NHWC"] = "NCHW"
+    variants: tuple[Literal["ort", "integer_inputs"], ...] = ()
+    snippets: tuple[Literal["Classifier.kt", "Classifier.swift"], ...] = ()
     memory_mib: int | None = None
     peak: dict[str, float] = {}
     source: tuple[Source, ...] = ()

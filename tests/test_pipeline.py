@@ -11,6 +11,7 @@ import random
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -181,7 +182,7 @@ def first(project, out) -> Report:
     return pipeline.run(load(project, targets=(*NATIVE, EMULATED)), out=out)
 
 
-def cheap_export(net: Network, *, target: Target, out: Path) -> Artifact:
+def cheap_export(net: Network, *, target: Target, out: Path, examples: Any = None) -> Artifact:
     """A file of its own for each network, in no time."""
     digest = hashlib.sha256(b"".join(t.detach().numpy().tobytes() for t in net.state().values()))
     Path(out).mkdir(exist_ok=True)
@@ -793,6 +794,34 @@ def test_controls_without_hints_prune_and_training_are_fewer(project, tmp_path, 
     assert [row.name for row in pipeline.run(recipe, out=tmp_path).controls] == [
         "without a teacher"
     ]
+
+
+@pytest.mark.skipif("intel-cpu" not in NATIVE, reason="openvino is not installed")
+def test_nncfs_integers_stand_beside_ours(project, tmp_path, monkeypatch, capsys):
+    """A made-up NNCF, which gives the float model back: then the difference is that of floats."""
+    recipe = load(project, *POST_TRAINING, "controls=true", targets=("intel-cpu",))
+    monkeypatch.setitem(sys.modules, "nncf", None)  # importing it raises ImportError
+    report = pipeline.run(recipe, out=tmp_path / "without")
+    assert [row.name for row in report.controls] == ["without a teacher"]
+    samples: list[Any] = []
+
+    def quantize(model: Any, dataset: Any, subset_size: int) -> Any:
+        assert subset_size == len(dataset)
+        samples.extend(dataset)
+        return model
+
+    made = types.ModuleType("nncf")
+    made.quantize, made.Dataset = quantize, list  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "nncf", made)
+    report = pipeline.run(recipe, out=tmp_path / "with")
+    (row,) = (row for row in report.controls if row.name == "NNCF post-training")
+    floats, integers = report.artifacts
+    assert row.metric == floats.metric
+    assert row.difference == pytest.approx(integers.metric - floats.metric, abs=1e-9)
+    assert {x.shape for x in samples} == {(1, 1, 12, 12)}
+    samples.clear()
+    assert pipeline.run(recipe, out=tmp_path / "with").controls == report.controls
+    assert not samples  # nothing is done twice
 
 
 def test_the_teacher_is_asked_once_for_all_stages_with_the_same_taps(project, tmp_path, calls):

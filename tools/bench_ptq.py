@@ -38,6 +38,7 @@ from edgekd.files import write_atomically
 from edgekd.latency.measuring import host_name, today
 from edgekd.network import Network, Preprocessing
 from edgekd.runtimes.base import get_runtime
+from edgekd.runtimes.openvino import nncf_post_training
 from edgekd.stages.profile import profile_together
 from edgekd.tasks.base import wilson_interval
 
@@ -75,15 +76,7 @@ def onnxruntime_static(fp32: Path, batches: list[Tensor], out: Path) -> Path:
 
 def nncf_openvino(fp32: Path, batches: list[Tensor], out: Path) -> Path:
     """NNCF's post-training quantization of an OpenVINO model, its defaults."""
-    import nncf
-    import openvino
-
-    model = openvino.Core().read_model(fp32)
-    rows = [x[i : i + 1].numpy() for x in batches for i in range(len(x))]
-    openvino.save_model(
-        nncf.quantize(model, nncf.Dataset(rows), subset_size=len(rows)), out, compress_to_fp16=False
-    )
-    return out
+    return nncf_post_training(fp32, [x.numpy() for x in batches], out)
 
 
 Peer = Callable[[Path, list[Tensor], Path], Path]

@@ -34,8 +34,8 @@ class Measurement(BaseModel):
         clock: "wall", or "cpu": the process' CPU time, used for all of a comparison as soon as
             the host is busy.
         load_ms: from file to first possible run.
-        peak_memory_mib: above what the process held before loading; None where the system does
-            not tell.
+        load_memory_mib, peak_memory_mib: held once loaded, and at most until the first run has
+            ended, above what the process held before; None where the system does not tell.
         compared: SHA-256 of the artifacts that were timed in turns with this one.
     """
 
@@ -50,6 +50,7 @@ class Measurement(BaseModel):
     warm_up_runs: int
     threads: int
     load_ms: float
+    load_memory_mib: float | None = None
     peak_memory_mib: float | None
     runtime: str
     runtime_version: str
@@ -116,9 +117,20 @@ def _warm_up(call: Callable[[], object]) -> int:
 
 
 class PeakMemory:
-    """Peak resident memory above what it was on entering, in MiB; None where unknown."""
+    """Resident memory above what it was on entering, in MiB; None where unknown.
 
+    Attributes:
+        held_mib: when `hold` was called.
+        mib: at most.
+    """
+
+    held_mib: float | None = None
     mib: float | None = None
+
+    def hold(self) -> None:
+        """Note what is held now."""
+        if self._before is not None:
+            self.held_mib = _status_mib("VmRSS") - self._before
 
     def __enter__(self) -> PeakMemory:
         try:

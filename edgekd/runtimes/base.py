@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from edgekd.errors import StateError, TargetError, describe_invalid, nearest
 from edgekd.files import write_atomically
 from edgekd.network import Network
+from edgekd.runtimes.integer_ends import IntegerEnds
 from edgekd.target import Precision, Target
 
 Arrays = list[NDArray[np.float32]]
@@ -156,16 +158,27 @@ class TensorDifference(BaseModel):
         )  # fmt: skip
 
 
+def in_batches(run: Callable[[Arrays], Arrays], inputs: Arrays, fixed: int | None) -> Arrays:
+    """`run` on inputs of (N, ...); `fixed` at a time where the file takes no other count."""
+    if fixed is None or len(inputs[0]) == fixed:
+        return run(inputs)
+    starts = range(0, len(inputs[0]), fixed)
+    parts = [run([x[i : i + fixed] for x in inputs]) for i in starts]
+    return [np.concatenate(part) for part in zip(*parts, strict=True)]
+
+
 class Session(Protocol):
     """A loaded artifact.
 
     Attributes:
         input_shapes: of one sample, batch axis 1 included.
         input_types: NumPy's names of them. Integer inputs take floats as well, see `integer_ends`.
+        integers: its integer inputs and outputs.
     """
 
     input_shapes: list[tuple[int, ...]]
     input_types: list[str]
+    integers: IntegerEnds
 
     def __call__(self, inputs: Arrays) -> Arrays:
         """Run one batch: arrays of (N, ...) in, arrays out."""

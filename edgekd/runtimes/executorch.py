@@ -142,7 +142,7 @@ class ExecuTorchSession:
         self.input_shapes = [tuple(i.sizes()) for i in inputs]
         known = FACTS in self._program.method_names
         facts = json.loads(self._program.load_method(FACTS).execute([])[0]) if known else {}
-        self._integers = IntegerEnds.read(facts)
+        self.integers = IntegerEnds.read(facts)
         self._inputs = [f"input {i}" for i in range(len(inputs))]
         self._outputs = [f"output {i}" for i in range(meta.num_outputs())]
         self.input_types = [TYPES[i.dtype()] for i in inputs]
@@ -160,7 +160,7 @@ class ExecuTorchSession:
             return [torch.cat(column).numpy() for column in zip(*rows, strict=True)]
 
         given = dict(zip(self._inputs, inputs, strict=True))
-        return self._integers.run(run, given, self._outputs)
+        return self.integers.run(run, given, self._outputs)
 
     def integer_share(self) -> tuple[int, int]:
         """Read off the file: XNNPACK's nodes that give int8; portable kernels compute in float."""

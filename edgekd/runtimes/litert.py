@@ -232,7 +232,7 @@ class LiteRtSession:
         self._inputs = [str(d["name"]) for d in inputs]
         self._outputs = [str(d["name"]) for d in self._interpreter.get_output_details()]
         self._places = self._read_places()
-        self._integers = IntegerEnds(self._read_integers())
+        self.integers = IntegerEnds(self._read_integers())
         self.input_types = [np.dtype(d["dtype"]).name for d in inputs]
         self.input_shapes = [self._channels_first(d["shape"], d["name"]) for d in inputs]
 
@@ -295,7 +295,7 @@ class LiteRtSession:
                 rows.append([self._value(interpreter, name) for name in names])
             return [np.concatenate(column) for column in zip(*rows, strict=True)]
 
-        return self._integers.run(run, given, names)
+        return self.integers.run(run, given, names)
 
     def _value(self, interpreter: Any, name: str) -> NDArray[Any]:
         index, last = self._places[name]

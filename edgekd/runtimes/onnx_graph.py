@@ -38,22 +38,8 @@ def to_onnx(net: Network, target: Target) -> ir.Model:
             output that is to be an integer is not quantized.
     """
     wanted = None if net.scheme is None else target.scheme
-    program = net.program(unsigned=wanted is not None and wanted.activation_dtype == "uint8")
-    try:
-        with quiet("torch.onnx"):
-            exported = torch.onnx.export(
-                program, dynamo=True, opset_version=max(EXPORTED, target.opset), verbose=False
-            )
-    except torch.onnx.OnnxExporterError as error:
-        raise ModelError(f"{net!r} has no ONNX form: {error}") from error
-    assert exported is not None
-    model = exported.model
-    # the exporter may log a failed conversion and go on with another opset
-    if model.opset_imports.get("") != max(EXPORTED, target.opset):
-        raise TargetError(
-            f"{target.name} takes opset {target.opset}; torch's exporter gave "
-            f"{model.opset_imports.get('')} for this network"
-        )
+    unsigned = wanted is not None and wanted.activation_dtype == "uint8"
+    model = _exported(net, max(EXPORTED, target.opset), unsigned, target.name).clone()
     _name_ends(model, net)
     if net.scheme is not None:
         _name_quantized(model, net)
@@ -69,6 +55,29 @@ def to_onnx(net: Network, target: Target) -> ir.Model:
     _drop_unused(model)
     _drop_traces(model)
     model.metadata_props.update(metadata(net, target))
+    return model
+
+
+def _exported(net: Network, opset: int, unsigned: bool, device: str) -> ir.Model:
+    """What torch's exporter makes of the network; once for all targets that take the same."""
+    kept: ir.Model | None = net.onnx.get((opset, unsigned))
+    if kept is not None:
+        return kept
+    program = net.program(unsigned=unsigned)
+    try:
+        with quiet("torch.onnx"):
+            exported = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False)
+    except torch.onnx.OnnxExporterError as error:
+        raise ModelError(f"{net!r} has no ONNX form: {error}") from error
+    assert exported is not None
+    model: ir.Model = exported.model
+    # the exporter may log a failed conversion and go on with another opset
+    if model.opset_imports.get("") != opset:
+        raise TargetError(
+            f"{device} takes opset {opset}; torch's exporter gave "
+            f"{model.opset_imports.get('')} for this network"
+        )
+    net.onnx[opset, unsigned] = model
     return model
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from edgekd.errors import StateError
 from edgekd.network import Network
-from edgekd.runtimes.base import Arrays
+from edgekd.runtimes.base import Arrays, in_batches
 from edgekd.runtimes.integer_ends import IntegerEnds
 from edgekd.runtimes.onnx_graph import integer_matrix_ops, keep_floats, save_onnx, to_onnx
 from edgekd.target import Target
@@ -62,11 +62,13 @@ class OrtSession:
         inputs = self._session.get_inputs()
         self._inputs = [i.name for i in inputs]
         self._outputs = [o.name for o in self._session.get_outputs()]
-        self._integers = IntegerEnds.read(self._session.get_modelmeta().custom_metadata_map)
+        self.integers = IntegerEnds.read(self._session.get_modelmeta().custom_metadata_map)
         self.input_types = [
-            self._integers[n].dtype if n in self._integers else "float32" for n in self._inputs
+            self.integers[n].dtype if n in self.integers else "float32" for n in self._inputs
         ]
         self.input_shapes = [(1, *i.shape[1:]) for i in inputs]
+        first = inputs[0].shape[0]
+        self._fixed = first if isinstance(first, int) else None
 
     def _options(self) -> ort.SessionOptions:
         options = ort.SessionOptions()
@@ -88,10 +90,12 @@ class OrtSession:
         return self._run(self._session, inputs, self._outputs)
 
     def _run(self, session: ort.InferenceSession, inputs: Arrays, names: list[str]) -> Arrays:
+        def run(arrays: Arrays) -> Arrays:
+            values: Arrays = session.run(names, dict(zip(self._inputs, arrays, strict=True)))
+            return values
+
         given = dict(zip(self._inputs, inputs, strict=True))
-        return self._integers.run(
-            lambda arrays: session.run(names, dict(zip(given, arrays, strict=True))), given, names
-        )
+        return self.integers.run(lambda x: in_batches(run, x, self._fixed), given, names)
 
     def integer_share(self) -> tuple[int, int]:
         """Read off the graph as ONNX Runtime rewrote it; emulated: off the Q/DQ file."""

@@ -9,10 +9,11 @@ its log says what each layer computes in: a compile check, not a build for the d
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -23,6 +24,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 import torch
+from pydantic import BaseModel, ConfigDict
 
 from edgekd.errors import MissingPackageError, StateError, TargetError
 from edgekd.files import write_atomically
@@ -70,7 +72,7 @@ class TensorRt:
             return "none here"
 
     def export(self, net: Network, target: Target, path: Path) -> dict[str, str]:
-        """Write the `.onnx`, and beside it `build_engine.sh` and `manifest.json`.
+        """Write the `.onnx`, and beside it `build_engine.sh`.
 
         Raises:
             TargetError: an operator that this version's parser does not take.
@@ -88,19 +90,9 @@ class TensorRt:
         )  # fmt: skip
         write_atomically(path.with_name("build_engine.sh"), script)
         path.with_name("build_engine.sh").chmod(0o755)
-        manifest = {
-            "target": target.name,
-            "precision": precision,
-            "tensorrt": target.runtime_version,
-            "opset": target.opset,
-            "sha256": digest,
-            "io": net.io.model_dump(mode="json"),
-            "build": "build_engine.sh",
-            "checked": "parity.json: ONNX Runtime for the numbers; "
-            + (f"compiled for {target.compile_check}" if target.compile_check else "not compiled"),
-            "versions": versions,
-        }
-        write_atomically(path.with_name("manifest.json"), json.dumps(manifest, indent=1))
+        if target.compile_check is not None:
+            with contextlib.suppress(MissingPackageError):  # verify says what is unchecked
+                compiled(path, target, precision)
         return versions
 
     def load(self, path: Path, *, threads: int, emulated: bool = False) -> Session:
@@ -192,6 +184,28 @@ def _tensorrt_rtx() -> Any:
         raise MissingPackageError("tensorrt-rtx", "tensorrt") from None
 
 
+# kind of layer, element types of its inputs, names of the ONNX nodes in it
+Layer = tuple[str, tuple[str, ...], tuple[str, ...]]
+
+
+class Compiled(BaseModel):
+    """What a compiler made of one file, kept as `compiled.json` beside it.
+
+    Attributes:
+        layers: of the engine, with the types that they read.
+        error: why there is none.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    tool: str
+    version: str
+    capability: str
+    sha256: str
+    precision: Precision
+    layers: tuple[Layer, ...] = ()
+    error: str | None = None
+
+
 def compile_check(
     path: Path, target: Target, precision: Precision, intended: int | None = None
 ) -> CompileCheck:
@@ -203,30 +217,62 @@ def compile_check(
     Raises:
         MissingPackageError: neither `tensorrt` with a GPU nor `tensorrt-rtx` is here.
     """
+    done = compiled(path, target, precision)
+    common = done.model_dump(include={"tool", "version", "capability", "error"})
+    if done.error is not None or precision != "int8":
+        return CompileCheck(**common)
+    model = onnx.load(path)
+    matrix = [n.name for n in model.graph.node if n.op_type in MATRIX_OPS]
+    total = len(matrix) if intended is None else intended
+    if len(quantized := quantized_matrix_ops(model)) >= total:
+        matrix = quantized  # the others are meant to be in float; if too few, one of them is not
+    floating = tuple(name for name in matrix if not _in_integers(name, done.layers))
+    return CompileCheck(
+        **common, integer=len(matrix) - len(floating), total=total, floating=floating
+    )
+
+
+def compiled(path: Path, target: Target, precision: Precision) -> Compiled:
+    """The file, compiled once; `compiled.json` beside it keeps what came out.
+
+    Raises:
+        MissingPackageError: neither `tensorrt` with a GPU nor `tensorrt-rtx` is here.
+    """
     trt = _real_tensorrt() or _tensorrt_rtx()
+    real = trt.__name__ == "tensorrt"
+    common: dict[str, Any] = {
+        "tool": trt.__name__.replace("_", "-"), "version": trt.__version__,
+        "capability": "this GPU" if real else str(target.compile_check),
+        "sha256": fingerprint(path)[0], "precision": precision,
+    }  # fmt: skip
+    place = path.with_name("compiled.json")
+    with contextlib.suppress(OSError, ValueError):
+        kept = Compiled.model_validate_json(place.read_text())
+        if kept.model_dump(include=set(common)) == common:
+            return kept
+    done = Compiled(**common, **_compile(trt, path, common["capability"], precision))
+    write_atomically(place, done.model_dump_json(indent=1))
+    return done
+
+
+def _compile(trt: Any, path: Path, capability: str, precision: Precision) -> dict[str, Any]:
+    """`layers` of the engine, or the `error`."""
     real = trt.__name__ == "tensorrt"
     lines: list[str] = []
 
-    class Log(trt.ILogger):  # type: ignore[misc, name-defined]  # the vendor's, either one
+    class Log(trt.ILogger):  # type: ignore[misc]  # the vendor's, either one
         def log(self, _: Any, message: str) -> None:
             lines.append(message)
 
     log = Log()
-    capability = "this GPU" if real else str(target.compile_check)
     builder = trt.Builder(log)
     flags = 1 if real and _release(trt.__version__)[0] < 10 else 0  # 1: explicit batch
     network = builder.create_network(flags)
     parser = trt.OnnxParser(network, log)
-    common: dict[str, Any] = {
-        "tool": trt.__name__.replace("_", "-"), "version": trt.__version__,
-        "capability": capability,
-    }  # fmt: skip
     if not parser.parse(path.read_bytes()):
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
-        return CompileCheck(
-            **common,
-            error="; ".join(f"{e.node_name()} ({e.node_operator()}): {e.desc()}" for e in errors),
-        )
+        said = (f"{e.node_name()} ({e.node_operator()}): {e.desc()}" for e in errors)
+        return {"error": "; ".join(said)}
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if real and precision != "fp32" and _release(trt.__version__)[0] < 11:
@@ -244,27 +290,10 @@ def compile_check(
     config.add_optimization_profile(profile)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
-        return CompileCheck(**common, error=lines[-1] if lines else "no engine came out")
+        return {"error": lines[-1] if lines else "no engine came out"}
     if real:
         path.with_suffix(".engine").write_bytes(engine)
-        layers = list(_layers_of_engine(trt, log, engine))
-    else:
-        layers = list(_layers_of_log(lines))
-    if precision != "int8":
-        return CompileCheck(**common)
-    model = onnx.load(path)
-    matrix = [n.name for n in model.graph.node if n.op_type in MATRIX_OPS]
-    total = len(matrix) if intended is None else intended
-    if len(quantized := quantized_matrix_ops(model)) >= total:
-        matrix = quantized  # the others are meant to be in float; if too few, one of them is not
-    floating = tuple(name for name in matrix if not _in_integers(name, layers))
-    return CompileCheck(
-        **common, integer=len(matrix) - len(floating), total=total, floating=floating
-    )
-
-
-# kind of layer, element types of its inputs, names of the ONNX nodes in it
-Layer = tuple[str, list[str], list[str]]
+    return {"layers": tuple(_layers_of_engine(trt, log, engine) if real else _layers_of_log(lines))}
 
 
 def _layers_of_log(lines: list[str]) -> Iterator[Layer]:
@@ -274,8 +303,8 @@ def _layers_of_log(lines: list[str]) -> Iterator[Layer]:
             inputs = re.search(r"Inputs: \[(.*?)\](?:, Constants:|, Outputs:)", line)
             yield (
                 kind[1],
-                re.findall(r"Datatype: (\w+)", inputs[1]) if inputs else [],
-                re.findall(r"\[ONNX Layer: ([^\]]+)\]", line),
+                tuple(re.findall(r"Datatype: (\w+)", inputs[1])) if inputs else (),
+                tuple(re.findall(r"\[ONNX Layer: ([^\]]+)\]", line)),
             )
 
 
@@ -287,12 +316,12 @@ def _layers_of_engine(trt: Any, log: Any, engine: Any) -> Iterator[Layer]:
         types = [str(tensor["Format/Datatype"]) for tensor in layer["Inputs"]]
         nodes = re.findall(r"\[ONNX Layer: ([^\]]+)\]", layer.get("Metadata", ""))
         yield (
-            layer["LayerType"], ["Int8" if "int8" in t.lower() else t for t in types],
-            nodes or [layer["Name"]],
+            layer["LayerType"], tuple("Int8" if "int8" in t.lower() else t for t in types),
+            tuple(nodes) or (layer["Name"],),
         )  # fmt: skip
 
 
-def _in_integers(node: str, layers: list[Layer]) -> bool:
+def _in_integers(node: str, layers: Iterable[Layer]) -> bool:
     """Whether the layer that does the node's work reads Int8 only.
 
     A node is also named by the generated kernels (`kgen`) that prepare its input or scale its

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from torch import Tensor
+
 from edgekd.errors import StateError, TargetError
 from edgekd.network import Network
 from edgekd.runtimes.base import Artifact, get_runtime
+from edgekd.runtimes.bundle import write_bundle
 from edgekd.target import Target
 
 
-def export(net: Network, *, target: str | Target, out: str | Path) -> Artifact:
-    """Write `net` as `target` runs it, into the folder `out`, with `artifact.json` beside it.
+def export(
+    net: Network, *, target: str | Target, out: str | Path, examples: Tensor | None = None
+) -> Artifact:
+    """Write `net` as `target` runs it, into the folder `out`, with its bundle beside it.
 
-    A float network gives the FP32 artifact, a quantized one the integer artifact.
+    A float network gives the float artifact, a quantized one the integer artifact. What else the
+    device needs lies beside the file, see `runtimes/bundle.py`; `artifact.json` is written last.
 
     Args:
         net: float, or quantized for a scheme that fits the target's (equal, or int8 activations
             that become uint8 without loss).
         out: the artifact's own folder; made if absent.
+        examples: (N, ...) inputs, of which the bundle's self-check takes three; seeded noise
+            where there are none.
 
     Raises:
         TargetError: the target has no integers, or wants others than `net` was trained for.
@@ -51,4 +59,5 @@ def export(net: Network, *, target: str | Target, out: str | Path) -> Artifact:
     runtime = get_runtime(target.runtime)
     path = folder / f"model{runtime.suffix}"
     versions = runtime.export(net, target, path)
+    write_bundle(path, net, target, precision, versions=versions, examples=examples)
     return Artifact.of(path, target=target, precision=precision, versions=versions)

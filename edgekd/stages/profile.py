@@ -64,16 +64,17 @@ def profile_together(
     paths = [a.path if isinstance(a, Artifact) else Path(a) for a in artifacts]
     hashes = [fingerprint(path)[0] for path in paths]
     calls: dict[str, Callable[[], object]] = {}
-    loads: dict[str, tuple[float, float | None]] = {}
+    loads: dict[str, tuple[float, float | None, float | None]] = {}
     for path in dict.fromkeys(paths):
         with PeakMemory() as memory:
             began = time.perf_counter()
             session = runtime.load(path, threads=threads)
             load_ms = (time.perf_counter() - began) * 1e3
+            memory.hold()
             call = _call(session)
             call()
         calls[str(path)] = call
-        loads[str(path)] = load_ms, memory.mib
+        loads[str(path)] = load_ms, memory.held_mib, memory.mib
     timings = time_in_turns(calls, runs=runs, threads=threads)
     return [
         Measurement(
@@ -82,7 +83,8 @@ def profile_together(
             sha256=digest,
             threads=threads,
             load_ms=loads[str(path)][0],
-            peak_memory_mib=loads[str(path)][1],
+            load_memory_mib=loads[str(path)][1],
+            peak_memory_mib=loads[str(path)][2],
             runtime=runtime.name,
             runtime_version=runtime.version(),
             host=host_name(),

@@ -101,7 +101,7 @@ def quantize(
     if adaround < 0:
         raise RecipeError(f"quantize: adaround is {adaround}; give iterations, or 0 for none")
     on = fabric(accelerator)
-    inputs = [x.to(on.device) for x in _calibration_inputs(data, calibration)]
+    inputs = [x.to(on.device) for x in calibration_inputs(data, calibration)]
     student = _calibrated(net, target, float_layers, inputs, observer, equalized)
     if max_drop is not None:
         table = mixed_precision(
@@ -165,7 +165,7 @@ def _calibrated(
     return net.quantized(graph.to("cpu"), target.scheme, float_layers)
 
 
-def _calibration_inputs(data: BatchSource, count: int) -> list[Tensor]:
+def calibration_inputs(data: BatchSource, count: int) -> list[Tensor]:
     """About `count` inputs, (N, ...) in batches, without augmentation."""
     if isinstance(data, Data):
         data = data.subset(train=min(count, len(data.splits["train"])))

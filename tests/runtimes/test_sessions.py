@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch import Tensor, nn
@@ -263,3 +264,20 @@ def test_openvino_runs_layers_of_equal_width_in_integers(tmp_path: Path):
     assert opened.integer_share() == (4, 4)
     with torch.no_grad():
         np.testing.assert_allclose(opened([x.numpy()])[0], net(x), atol=1e-3)
+
+
+def test_a_file_of_a_fixed_batch_takes_any_number_of_samples(
+    fp32_artifact: Artifact, batches: Batches, tmp_path: Path
+):
+    x = batches[0][0][:5].numpy()
+    (expected,) = get_runtime("onnxruntime").load(fp32_artifact.path, threads=1)([x])
+    model = onnx.load(fp32_artifact.path)
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 1
+    onnx.save(model, tmp_path / "one.onnx")
+    loaded = get_runtime("onnxruntime").load(tmp_path / "one.onnx", threads=1)
+    np.testing.assert_allclose(loaded([x])[0], expected, rtol=1e-5, atol=1e-6)
+    openvino = pytest.importorskip("openvino")
+    openvino.save_model(openvino.convert_model(tmp_path / "one.onnx"), tmp_path / "one.xml", False)
+    loaded = get_runtime("openvino").load(tmp_path / "one.xml", threads=1)
+    np.testing.assert_allclose(loaded([x])[0], expected, rtol=1e-5, atol=1e-6)

@@ -267,7 +267,7 @@ def test_the_manifest_says_what_is_in_the_folder(tmp_path, quantized):
     artifact = edgekd.export(quantized, target=ORIN, out=tmp_path)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["sha256"] == artifact.sha256
-    assert (manifest["precision"], manifest["tensorrt"]) == ("int8", "10.3")
+    assert (manifest["precision"], manifest["runtime_version"]) == ("int8", "10.3")
     assert manifest["io"]["inputs"][0]["shape"] == [3, 32, 32]
 
 

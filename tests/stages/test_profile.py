@@ -27,7 +27,9 @@ def test_a_measurement_says_how_it_came_about(int8_artifact: Artifact, host: Tar
     assert (got.runs, got.threads, got.target) == (30, 1, "host-onnxruntime")
     assert got.warm_up_runs >= 10
     assert got.load_ms > 0
-    assert got.peak_memory_mib is None or got.peak_memory_mib >= 0
+    if got.peak_memory_mib is not None:
+        assert got.load_memory_mib is not None
+        assert got.load_memory_mib <= got.peak_memory_mib
     assert (got.runtime, got.runtime_version) == ("onnxruntime", onnxruntime.__version__)
     assert got.sha256 == int8_artifact.sha256
     assert got.compared == (got.sha256,)

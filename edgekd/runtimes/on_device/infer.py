@@ -1,0 +1,222 @@
+#!/usr/bin/env python3
+"""Run this bundle's model on the device: `infer.py IMAGE...`, or `infer.py --check`.
+
+It needs Python 3.6, NumPy, the runtime that manifest.json names and, for images, Pillow.
+`--check` runs the inputs in check.npz and compares with the outputs that the trained network gave;
+it prints one line of JSON and exits with 1 where they differ.
+"""
+
+import argparse
+import ctypes
+import json
+import os
+import sys
+
+import numpy as np
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+def with_onnxruntime(path, manifest):
+    import onnxruntime
+
+    wanted = [*manifest["providers"], "CPUExecutionProvider"]
+    there = onnxruntime.get_available_providers()
+    session = onnxruntime.InferenceSession(path, providers=[p for p in wanted if p in there])
+    names = [value.name for value in session.get_inputs()]
+    return lambda inputs: session.run(None, dict(zip(names, inputs)))
+
+
+def with_openvino(path, manifest):
+    import openvino
+
+    device = manifest["device"]
+    # a CPU with AMX would compute in bfloat16
+    settings = {"INFERENCE_PRECISION_HINT": "f32"} if device == "CPU" else {}
+    compiled = openvino.Core().compile_model(path, device, settings)
+    return lambda inputs: [compiled(inputs)[output] for output in compiled.outputs]
+
+
+def with_litert(path, manifest):
+    try:
+        from ai_edge_litert.interpreter import Interpreter
+    except ImportError:
+        from tflite_runtime.interpreter import Interpreter
+    interpreter = Interpreter(path)
+    interpreter.allocate_tensors()
+
+    def run(inputs):
+        for value, detail in zip(inputs, interpreter.get_input_details()):
+            interpreter.set_tensor(detail["index"], value)
+        interpreter.invoke()
+        return [interpreter.get_tensor(d["index"]) for d in interpreter.get_output_details()]
+
+    return run
+
+
+def with_executorch(path, manifest):
+    import torch
+    from executorch.runtime import Runtime
+
+    method = Runtime.get().load_program(path).load_method("forward")
+    return lambda inputs: [y.numpy() for y in method.execute([torch.from_numpy(x) for x in inputs])]
+
+
+def with_tensorrt(path, manifest):
+    """The engine that build_engine.sh made; buffers through the CUDA runtime, without PyCUDA."""
+    import tensorrt
+
+    engine_path = os.path.splitext(path)[0] + ".engine"
+    if not os.path.exists(engine_path):
+        raise SystemExit("no {}: run build_engine.sh first".format(engine_path))
+    cuda = ctypes.CDLL("libcudart.so")
+
+    def call(name, *arguments):
+        code = getattr(cuda, name)(*arguments)
+        if code:
+            raise RuntimeError("{} failed with CUDA error {}".format(name, code))
+
+    with open(engine_path, "rb") as file:
+        runtime = tensorrt.Runtime(tensorrt.Logger(tensorrt.Logger.WARNING))
+        engine = runtime.deserialize_cuda_engine(file.read())
+    if engine is None:
+        raise SystemExit("this TensorRT did not build {}: build it here".format(engine_path))
+    context = engine.create_execution_context()
+    by_name = hasattr(engine, "num_io_tensors")  # from 8.5 on
+    count = engine.num_io_tensors if by_name else engine.num_bindings
+    names = [engine.get_tensor_name(i) if by_name else engine.get_binding_name(i)
+             for i in range(count)]  # fmt: skip
+
+    def run(inputs):
+        arrays = dict(zip((i["name"] for i in manifest["io"]["inputs"]), inputs))
+        for index, name in enumerate(names):
+            if name in arrays:
+                if by_name:
+                    context.set_input_shape(name, arrays[name].shape)
+                else:
+                    context.set_binding_shape(index, arrays[name].shape)
+        pointers = []
+        for index, name in enumerate(names):
+            if name not in arrays:
+                shape = (context.get_tensor_shape(name) if by_name
+                         else context.get_binding_shape(index))  # fmt: skip
+                arrays[name] = np.zeros(tuple(shape), np.float32)
+            pointer = ctypes.c_void_p()
+            array = arrays[name] = np.ascontiguousarray(arrays[name])
+            call("cudaMalloc", ctypes.byref(pointer), ctypes.c_size_t(array.nbytes))
+            pointers.append(pointer)
+            call("cudaMemcpy", pointer, array.ctypes.data_as(ctypes.c_void_p),
+                 ctypes.c_size_t(array.nbytes), 1)  # fmt: skip
+        if not context.execute_v2([pointer.value for pointer in pointers]):
+            raise RuntimeError("TensorRT could not run the engine")
+        for name, pointer in zip(names, pointers):
+            array = arrays[name]
+            call("cudaMemcpy", array.ctypes.data_as(ctypes.c_void_p), pointer,
+                 ctypes.c_size_t(array.nbytes), 2)  # fmt: skip
+            call("cudaFree", pointer)
+        return [arrays[name] for name in manifest["io"]["outputs"]]
+
+    return run
+
+
+RUNTIMES = {
+    "executorch": with_executorch,
+    "litert": with_litert,
+    "onnxruntime": with_onnxruntime,
+    "openvino": with_openvino,
+    "tensorrt": with_tensorrt,
+}
+
+
+def load_model(manifest, file=None):
+    """A function from a list of float arrays (N, C, H, W) to the list of float outputs."""
+    runtime = manifest["runtime"] if file is None else "onnxruntime"
+    run = RUNTIMES[runtime](os.path.join(HERE, file or manifest["file"]), manifest)
+    integers = manifest["integers"]
+    inputs = [integers.get(i["name"]) for i in manifest["io"]["inputs"]]
+    outputs = [integers.get(name) for name in manifest["io"]["outputs"]]
+
+    def quantize(x, end):
+        if end is None:
+            return x
+        limits = np.iinfo(end["dtype"])
+        steps = np.rint(x / np.float32(end["scale"])) + end["zero_point"]
+        return steps.clip(limits.min, limits.max).astype(end["dtype"])
+
+    def dequantize(y, end):
+        if end is None:
+            return y
+        return (y.astype(np.float32) - end["zero_point"]) * np.float32(end["scale"])
+
+    def model(arrays):
+        if manifest["layout"] == "NHWC":
+            arrays = [np.ascontiguousarray(x.transpose(0, 2, 3, 1)) for x in arrays]
+        results = run([quantize(x, end) for x, end in zip(arrays, inputs)])
+        return [dequantize(np.asarray(y), end) for y, end in zip(results, outputs)]
+
+    return model
+
+
+def read_image(path, manifest):
+    """The input (1, C, H, W) of an image: cropped and resized as in evaluation, normalised."""
+    from PIL import Image, ImageOps
+
+    channels, height, width = manifest["io"]["inputs"][0]["shape"]
+    image = Image.open(path).convert("L" if channels == 1 else "RGB")
+    if image.size != (width, height):
+        image = ImageOps.fit(image, (width, height), Image.BILINEAR)
+    x = np.asarray(image, np.float32).reshape(height, width, channels).transpose(2, 0, 1)[None]
+    known = manifest["io"]["preprocessing"]
+    if known is None:
+        return x
+    mean, std = (np.array(known[k], np.float32).reshape(1, -1, 1, 1) for k in ("mean", "std"))
+    return (x / np.float32(255) - mean) / std
+
+
+def check(model, manifest):
+    """Compare with the outputs in check.npz: each may be off by its tolerance in the mean."""
+    kept = np.load(os.path.join(HERE, "check.npz"))
+    count = len(kept[manifest["io"]["inputs"][0]["name"]])
+    passed, differences = True, {}
+    for index in range(count):
+        given = [kept[i["name"]][index : index + 1] for i in manifest["io"]["inputs"]]
+        for name, found in zip(manifest["io"]["outputs"], model(given)):
+            off = np.abs(found - kept[name][index : index + 1])
+            mean = float(off.mean())
+            passed = passed and mean <= manifest["check"]["tolerance"][name]
+            worst = differences.setdefault(name, [0.0, 0.0])
+            differences[name] = [max(worst[0], mean), max(worst[1], float(off.max()))]
+    print(json.dumps({
+        "target": manifest["target"], "file": manifest["file"], "inputs": count, "passed": passed,
+        "largest_mean_difference": {n: d[0] for n, d in differences.items()},
+        "largest_difference": {n: d[1] for n, d in differences.items()},
+        "tolerance": manifest["check"]["tolerance"],
+    }))  # fmt: skip
+    return passed
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("images", nargs="*", help="image files")
+    parser.add_argument("--check", action="store_true", help="compare with what was trained")
+    parser.add_argument("--top", type=int, default=5, help="answers to print of each image")
+    options = parser.parse_args()
+    if not options.images and not options.check:
+        parser.error("name an image, or --check")
+    with open(os.path.join(HERE, "manifest.json")) as file:
+        manifest = json.load(file)
+    model = load_model(manifest)
+    if options.check and not check(model, manifest):
+        sys.exit(1)
+    labels = manifest["io"]["labels"]
+    for path in options.images:
+        scores = model([read_image(path, manifest)])[0].reshape(-1)
+        best = scores.argsort()[::-1][: options.top]
+        said = ["{} {:.4f}".format(labels[i] if labels else i, scores[i]) for i in best]
+        print("{}: {}".format(path, ", ".join(said)))
+
+
+if __name__ == "__main__":
+    main()
