@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -110,8 +109,7 @@ def _convert(net: Network) -> bytes:
         ModelError: an operator has no form there.
     """
     try:
-        with quiet("root"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet("root"):
             converter = import_module("litert_torch")
             quantization = import_module("litert_torch.quantize.quant_config")
             pt2e = import_module("litert_torch.quantize.pt2e_quantizer")
