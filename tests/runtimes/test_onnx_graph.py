@@ -412,7 +412,8 @@ def test_an_einsums_axes_get_small_letters_and_it_computes_the_same():
     assert small_letters(model) == 1
     assert small_letters(model) == 0
     assert node.attributes.get_string("equation").replace("->", "").replace(",", "").islower()
-    arrays = [
+    randoms = [np.random.default_rng(i) for i in range(2)]
+    arrays = [r.normal(size=s).astype(np.float32) for r, s in zip(randoms, sizes, strict=True)]
         np.random.default_rng(i).normal(size=s).astype(np.float32) for i, s in enumerate(sizes)
     ]
     session = ort.InferenceSession(ir.to_proto(model).SerializeToString())
