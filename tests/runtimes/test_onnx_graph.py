@@ -414,8 +414,6 @@ def test_an_einsums_axes_get_small_letters_and_it_computes_the_same():
     assert node.attributes.get_string("equation").replace("->", "").replace(",", "").islower()
     randoms = [np.random.default_rng(i) for i in range(2)]
     arrays = [r.normal(size=s).astype(np.float32) for r, s in zip(randoms, sizes, strict=True)]
-        np.random.default_rng(i).normal(size=s).astype(np.float32) for i, s in enumerate(sizes)
-    ]
     session = ort.InferenceSession(ir.to_proto(model).SerializeToString())
     (found,) = session.run(None, {"x0": arrays[0], "x1": arrays[1]})
     np.testing.assert_allclose(found, np.einsum(equation, *arrays), rtol=1e-5, atol=1e-6)
