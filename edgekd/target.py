@@ -134,7 +134,7 @@ class Target(_Frozen):
     layout: Literal["NCHW", "NHWC"] = "NCHW"
     shapes: Literal["dynamic_batch", "static"] = "dynamic_batch"
     variants: tuple[Literal["ort", "integer_inputs"], ...] = ()
-    snippets: tuple[Literal["Classifier.kt", "Classifier.swift"], ...] = ()
+    snippets: tuple[Literal["Classifier.kt", "Classifier.swift", "LiteRtClassifier.kt"], ...] = ()
     operators: Literal["coreml"] | None = None
     memory_mib: int | None = None
     peak: dict[str, float] = {}
