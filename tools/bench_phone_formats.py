@@ -1,7 +1,7 @@
 """Phone formats beyond ONNX: are they integers throughout, and what was quantized?
 
     pip install 'edgekd[litert,executorch]'
-    python tools/bench_phone_formats.py --photos photos.zip      # about 5 minutes
+    python tools/bench_phone_formats.py --photos photos.zip      # 12 minutes beside other work
 
 EfficientNet-Lite0 (its real ImageNet weights), MobileNetV2 and ResNet-18 (random weights, BatchNorm
 calibrated) at 96 px, quantized post-training on photographs, once for `android-litert` and
