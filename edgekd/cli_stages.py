@@ -198,18 +198,35 @@ def export(
     network: Folder,
     target: Annotated[list[str], typer.Option(help="A target's name; repeatable.")],
     out: Out,
+    build: Annotated[bool, typer.Option("--build", help="Build and check it on --device.")] = False,
+    device: Annotated[str | None, typer.Option(help="ssh://user@host:port, for --build.")] = None,
     trust: Trust = False,
 ) -> None:
     """Write what a target runs; with several, into a folder for each.
 
+    With --build, exits 1 if the engine is not built, or its outputs are not the expected ones.
+
     Example: edgekd export runs/my/quantize-1a2b --target intel-cpu --out artifact
+
+    Example: edgekd export q --target jetson-orin-nano --out o --build --device ssh://me@orin
     """
+    from edgekd.devices.build import build_on
     from edgekd.stages.export import export as verb
 
+    if build != (device is not None):
+        raise RecipeError("--build and --device ssh://user@host go together; give both or none")
+    if device is not None and len(target) > 1:
+        raise RecipeError(f"--device is one target's; {len(target)} are given: export each alone")
     net = _load(network, trust)
     for name in target:
         artifact = verb(net, target=name, out=out if len(target) == 1 else out / name)
         print(f"{artifact.path}: {artifact.precision}, {artifact.size_bytes:,} bytes")
+        if device is not None:
+            built = build_on(artifact, device=device)
+            print(f"{built.host}: TensorRT {built.tensorrt}, {built.result}", built.reason or "")
+            if built.result == "failed":
+                print(*built.tail, sep="\n")
+                raise typer.Exit(1)
 
 
 def verify(

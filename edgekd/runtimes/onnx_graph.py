@@ -9,6 +9,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from string import ascii_lowercase
 
 import numpy as np
 import onnx
@@ -48,6 +49,7 @@ def to_onnx(net: Network, target: Target) -> ir.Model:
     if wanted is not None and wanted.bias == "int32":
         integer_bias(model)
     drop_idle_clips(model)
+    small_letters(model)
     if wanted is not None and (wanted.integer_inputs or wanted.integer_outputs):
         cut_ends(model, inputs=wanted.integer_inputs, outputs=wanted.integer_outputs)
     if target.opset < EXPORTED:
@@ -208,6 +210,19 @@ def pad_in_convolution(model: ir.Model) -> int:
         )
         conv.replace_input_with(0, pad.inputs[0])
         count += 1
+    return count
+
+
+def small_letters(model: ir.Model) -> int:
+    """Einsum's axes get small letters, the only ones that TensorRT reads."""
+    count = 0
+    for node in model.graph:
+        equation = node.attributes.get_string("equation", "") if node.op_type == "Einsum" else ""
+        axes = sorted(set(filter(str.isalpha, equation)))
+        if any(map(str.isupper, axes)) and len(axes) <= len(ascii_lowercase):
+            letters = str.maketrans(dict(zip(axes, ascii_lowercase, strict=False)))
+            node.attributes["equation"] = ir.AttrString("equation", equation.translate(letters))
+            count += 1
     return count
 
 
