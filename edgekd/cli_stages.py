@@ -195,7 +195,9 @@ def quantize(
 
 
 def export(
-    network: Folder,
+    network: Annotated[
+        Path, typer.Argument(help="A network's folder, or a run's: then its last network.")
+    ],
     target: Annotated[list[str], typer.Option(help="A target's name; repeatable.")],
     out: Out,
     build: Annotated[bool, typer.Option("--build", help="Build and check it on --device.")] = False,
@@ -204,22 +206,31 @@ def export(
 ) -> None:
     """Write what a target runs; with several, into a folder for each.
 
+    Of a run's folder, each target gets the last network that it takes.
+
     With --build, exits 1 if the engine is not built, or its outputs are not the expected ones.
 
     Example: edgekd export runs/my/quantize-1a2b --target intel-cpu --out artifact
 
+    Example: edgekd export runs/my --target jetson-nano --out artifact
+
     Example: edgekd export q --target jetson-orin-nano --out o --build --device ssh://me@orin
     """
     from edgekd.devices.build import build_on
+    from edgekd.rundir import final_network
     from edgekd.stages.export import export as verb
+    from edgekd.target import Target
 
     if build != (device is not None):
         raise RecipeError("--build and --device ssh://user@host go together; give both or none")
     if device is not None and len(target) > 1:
         raise RecipeError(f"--device is one target's; {len(target)} are given: export each alone")
-    net = _load(network, trust)
+    nets: dict[Path, Any] = {}
     for name in target:
-        artifact = verb(net, target=name, out=out if len(target) == 1 else out / name)
+        place = final_network(network, Target.load(name))
+        if place not in nets:
+            nets[place] = _load(place, trust)
+        artifact = verb(nets[place], target=name, out=out if len(target) == 1 else out / name)
         print(f"{artifact.path}: {artifact.precision}, {artifact.size_bytes:,} bytes")
         if device is not None:
             built = build_on(artifact, device=device)
