@@ -119,7 +119,7 @@ def _into_convolution(
             widths = np.array([0, 0, *pads[:2], 0, 0, *pads[2:]], np.int64)
             inputs = [
                 conv.inputs[0], new_constant(graph, f"{name}.pads", widths),
-                new_constant(graph, f"{name}.mean", np.float32(mean[0])),
+                new_constant(graph, f"{name}.mean", np.array(mean[0], np.float32)),
             ]  # fmt: skip
             padded = ir.node("Pad", inputs, name=f"{conv.name}.pad")
             graph.insert_before(conv, padded)
@@ -140,13 +140,13 @@ def _in_front(graph: ir.Graph, image: ir.Value | None, steps: dict[str, NDArray[
         number = new_constant(graph, f"{image.name}.{op_type.lower()}", _per_channel(values))
         nodes.append(ir.node(op_type, [last, number], name=f"{image.name}.{op_type.lower()}"))
         last = nodes[-1].outputs[0]
-        last.dtype, last.shape = image.dtype, image.shape
+        last.dtype, last.shape = ir.DataType.FLOAT, image.shape
     _insert(graph, image, nodes)
 
 
 def _cast(graph: ir.Graph, image: ir.Value) -> None:
     cast = ir.node("Cast", [image], {"to": ir.DataType.FLOAT}, name=f"{image.name}.cast")
-    cast.outputs[0].dtype, cast.outputs[0].shape = image.dtype, image.shape
+    cast.outputs[0].dtype, cast.outputs[0].shape = ir.DataType.FLOAT, image.shape
     _insert(graph, image, [cast])
     image.dtype = ir.DataType.UINT8
 

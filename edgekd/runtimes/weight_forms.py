@@ -90,7 +90,8 @@ def _grid(node: ir.Node, rank: int, dtype: Any) -> tuple[NDArray[Any], NDArray[A
     """
     scale = constant(node.inputs[1])
     given = node.inputs[2] if len(node.inputs) > 2 else None
-    if scale is None or scale.dtype != np.float32 or node.attributes.get_int("block_size", 0):
+    blocks: int = node.attributes.get_int("block_size", 0)
+    if scale is None or scale.dtype != np.float32 or blocks:
         return None
     zero = np.zeros_like(scale, dtype) if given is None else constant(given)
     if zero is None:
@@ -107,4 +108,5 @@ def _quantized(floats: NDArray[Any], scale: NDArray[Any], zero: NDArray[Any]) ->
     limits = np.iinfo(zero.dtype)
     with np.errstate(invalid="ignore", divide="ignore"):
         steps = np.nan_to_num(np.rint(floats / scale)) + zero.astype(np.int32)
-    return steps.clip(limits.min, limits.max).astype(zero.dtype)
+    integers: NDArray[Any] = steps.clip(limits.min, limits.max).astype(zero.dtype)
+    return integers
