@@ -7,7 +7,7 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,16 +21,22 @@ from edgekd import __version__
 from edgekd.errors import ModelError, TargetError
 from edgekd.network import Network
 from edgekd.quantization.placement import quantized_activations
+from edgekd.runtimes.decompose import decompose, fold_constants
 from edgekd.runtimes.integer_ends import cut_ends
 from edgekd.runtimes.onnx_values import constant, new_constant, producer
 from edgekd.runtimes.opset import EXPORTED, lower
+from edgekd.runtimes.shapes import fix_shapes
 from edgekd.target import Target
 
 MATRIX_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
-def to_onnx(net: Network, target: Target) -> ir.Model:
-    """The network as a model of the target's opset, batch dynamic, rewritten and labelled.
+def to_onnx(net: Network, target: Target, *, supported: Collection[str] | None = None) -> ir.Model:
+    """The network as a model of the target's opset and shapes, rewritten and labelled.
+
+    Args:
+        supported: the operators that the device has; others are decomposed as far as they can be.
+            None: all of its opset.
 
     Raises:
         TargetError: torch could not give this opset; it names the one it gave.
@@ -50,6 +56,11 @@ def to_onnx(net: Network, target: Target) -> ir.Model:
     drop_idle_clips(model)
     if wanted is not None and (wanted.integer_inputs or wanted.integer_outputs):
         cut_ends(model, inputs=wanted.integer_inputs, outputs=wanted.integer_outputs)
+    if target.shapes == "static":
+        fix_shapes(model, {i.name: (1, *i.shape) for i in net.io.inputs})
+    if supported is not None:
+        fold_constants(model)
+        decompose(model, supported)
     if target.opset < EXPORTED:
         lower(model, target.opset, target.name)
     _drop_unused(model)

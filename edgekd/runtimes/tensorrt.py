@@ -77,7 +77,7 @@ class TensorRt:
         Raises:
             TargetError: an operator that this version's parser does not take.
         """
-        model = to_onnx(net, target)
+        model = to_onnx(net, target, supported=_operators(target.runtime_version)[1])
         check_operators(model, target)
         versions = save_onnx(model, path)
         precision: Precision = (

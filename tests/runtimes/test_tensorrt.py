@@ -182,19 +182,41 @@ def test_a_nanos_file_is_opset_13_and_computes_the_same(tmp_path, name):
     assert np.abs(got - wanted).max() <= 1e-5 * max(1, np.abs(wanted).max())
 
 
-def test_what_the_device_does_not_have_is_named():
-    class Normed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm = nn.LayerNorm(8)
+class Attending(nn.Module):
+    """What transformers are made of, on tokens of 4 × 8."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.mlp = nn.LayerNorm(8), nn.Sequential(nn.Linear(8, 16), nn.GELU())
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        mixed, _ = self.attention(x, x, x, need_weights=False)
+        return self.mlp(x + mixed).mean(1)
+
+
+def test_what_the_device_does_not_have_is_decomposed(tmp_path):
+    torch.manual_seed(0)
+    net = edgekd.Network(Attending(), torch.zeros(1, 4, 8))
+    artifact = edgekd.export(net, target=NANO, out=tmp_path)
+    kinds = {node.op_type for node in onnx.load(artifact.path).graph.node}
+    assert kinds <= tensorrt._operators("8.2")[1].keys()
+    assert "ReduceMean" in kinds  # of the LayerNormalization
+    data = [(torch.randn(16, 4, 8),)]
+    parity = edgekd.verify(artifact, net, data=data, agreement=1.0)
+    assert parity.gate == "passed"
+    assert parity.relative_error is not None and parity.relative_error <= 1e-5
+
+
+def test_what_has_no_older_form_is_named(tmp_path):
+    class Sampled(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return self.norm(x)
+            return nn.functional.grid_sample(x, x.permute(0, 2, 3, 1)[..., :2], align_corners=True)
 
-    net = edgekd.Network(Normed(), torch.zeros(1, 4, 8))
-    with pytest.raises(TargetError, match=r"jetson-nano takes opset 13; LayerNormalization of '"):
-        edgekd.export(net, target=NANO, out="unused-folder")
-    Path("unused-folder").rmdir()
+    net = edgekd.Network(Sampled(), torch.zeros(1, 3, 8, 8))
+    with pytest.raises(TargetError, match=r"jetson-nano takes opset 13; GridSample of '"):
+        edgekd.export(net, target=NANO, out=tmp_path)
 
 
 @pytest.mark.parametrize(
