@@ -39,11 +39,12 @@ def fold_constants(model: ir.Model) -> None:
 
     fold(
         model, input_size_limit=LARGEST, output_size_limit=LARGEST,
-        should_fold=lambda node: False if node.op_type in QUANTIZERS else None,
+        should_fold=lambda node: FOLDED.get(node.op_type),
     )  # fmt: skip
 
 
-QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
+# the folder would do the opposite
+FOLDED = {"ConstantOfShape": True, "QuantizeLinear": False, "DequantizeLinear": False}
 
 
 class _Writer(ir.tape.Tape):

@@ -65,8 +65,9 @@ CASES: dict[str, tuple[str, str, str, int, list[NDArray[Any]]]] = {
 
 
 def model_of(nodes: str, inputs: str, output: str, opset: int) -> onnx.ModelProto:
-    text = f'<ir_version: 10, opset_import: ["" : {opset}]> g ({inputs}) => ({output if "[" in output else output + "[]"} y) {{{nodes}}}'
-    model = onnx.parser.parse_model(text)
+    given = output if "[" in output else f"{output}[]"
+    head = f'<ir_version: 10, opset_import: ["" : {opset}]> g ({inputs}) => ({given} y)'
+    model = onnx.parser.parse_model(f"{head} {{{nodes}}}")
     return onnx.shape_inference.infer_shapes(model, strict_mode=True)
 
 
