@@ -20,8 +20,8 @@ HALF, FLOAT = ir.DataType.FLOAT16, ir.DataType.FLOAT
 FLOAT_INPUTS = {"Resize": (2,), "Upsample": (1,)}
 # their type is an attribute's, or that of a graph in them
 AS_THEY_ARE = (
-    "QuantizeLinear", "DequantizeLinear", "ConstantOfShape", "RandomUniformLike", "RandomNormalLike",
-    "EyeLike", "Loop", "If", "Scan",
+    "QuantizeLinear", "DequantizeLinear", "ConstantOfShape", "RandomUniformLike",
+    "RandomNormalLike", "EyeLike", "Loop", "If", "Scan",
 )  # fmt: skip
 
 
@@ -104,8 +104,36 @@ def _as_half(graph: ir.Graph, reader: ir.Node, value: ir.Value) -> ir.Value:
         before = cast.inputs[0]
         if before is not None and before.dtype == HALF:
             return before
-    cast = ir.node("Cast", [value], {"to": HALF})
-    graph.insert_before(reader, cast)
-    (half,) = cast.outputs
-    half.dtype, half.shape = HALF, value.shape
+    name = f"{value.name}.cast"
+    for node in value.consumers():
+        if node.outputs[0].name == name:
+            return node.outputs[0]
+    half = ir.Value(name=name, type=ir.TensorType(HALF), shape=value.shape)
+    graph.insert_before(reader, ir.node("Cast", [value], {"to": HALF}, outputs=[half]))
     return half
+
+
+def written_out(model: ir.Model) -> ir.Model:
+    """The FP16 model with FP32 arithmetic and each rounding a Cast of its own, for this host.
+
+    ONNX Runtime's CPU has few FP16 kernels; for a chain of others it computes in FP32 and drops
+    the roundings between them. It keeps casts that are in the file.
+    """
+    copy = model.clone()
+    for node in list(copy.graph):
+        if node.op_type in ("Cast", "Constant"):
+            continue
+        for index, value in enumerate(node.inputs):
+            if value is not None and value.dtype == HALF:
+                cast = ir.node("Cast", [value], {"to": FLOAT})
+                copy.graph.insert_before(node, cast)
+                cast.outputs[0].dtype, cast.outputs[0].shape = FLOAT, value.shape
+                node.replace_input_with(index, cast.outputs[0])
+        for output in node.outputs:
+            if output.dtype == HALF:
+                rounded = ir.Value(name=output.name, type=ir.TensorType(HALF), shape=output.shape)
+                ir.convenience.replace_all_uses_with(output, rounded, replace_graph_outputs=True)
+                output.name, output.dtype = f"{output.name}.single", FLOAT
+                cast = ir.node("Cast", [output], {"to": HALF}, outputs=[rounded])
+                copy.graph.insert_after(node, cast)
+    return copy

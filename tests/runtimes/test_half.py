@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
+from torch import Tensor
 
+from edgekd.network import Network
 from edgekd.runtimes import half
-from edgekd.runtimes.half import to_half
+from edgekd.runtimes.half import to_half, written_out
+from edgekd.stages.export import export
+from edgekd.stages.verify import verify
+from edgekd.tasks.classification import Classification
 
 X = np.random.default_rng(0).normal(0, 1, (4, 8)).astype(np.float32)
 
@@ -23,7 +30,9 @@ def parsed(nodes: str) -> ir.Model:
 def run(model: ir.Model) -> NDArray[np.float32]:
     proto = ir.to_proto(model)
     onnx.checker.check_model(proto, full_check=True)
-    (y,) = ort.InferenceSession(proto.SerializeToString()).run(None, {"x": X})
+    written = ir.to_proto(written_out(model))
+    onnx.checker.check_model(written, full_check=True)
+    (y,) = ort.InferenceSession(written.SerializeToString()).run(None, {"x": X})
     assert isinstance(y, np.ndarray) and y.dtype == np.float32
     return y
 
@@ -71,3 +80,15 @@ def test_a_mask_of_minus_infinity_is_no_overflow():
     copy, kept = to_half(parsed(nodes), [X])
     assert kept == []
     assert np.array_equal(run(copy), X.astype(np.float16).astype(np.float32))
+
+
+def test_verify_foretells_a_nanos_half_precision(
+    trained: Network, batches: list[tuple[Tensor, Tensor]], tmp_path: Path
+):
+    artifact = export(trained, target="jetson-nano", out=tmp_path)
+    parity = verify(artifact, trained, data=batches[:2], task=Classification())
+    assert (parity.gate, parity.reasons) == ("passed", ())
+    assert parity.half_agreement is not None and parity.half_agreement >= 0.995
+    assert parity.relative_error is not None and parity.half_relative_error is not None
+    # an FP16 number has 11 bits, and a few layers add up
+    assert parity.relative_error < 1e-5 < 2**-14 < parity.half_relative_error < 2**-7
