@@ -9,6 +9,7 @@ EdgekdError
 ├── TargetError      a target that is unknown, or that cannot hold this network
 ├── TrainingError    training that cannot go on (a loss that is not finite)
 ├── StateError       a run folder or a saved network that does not fit
+├── DeviceError      a device that cannot be reached, or lacks something
 └── MissingPackageError  an optional package; names the extra that brings it
 """
 
@@ -47,6 +48,10 @@ class TrainingError(EdgekdError):
 
 class StateError(EdgekdError):
     """A run folder or a saved network that does not fit."""
+
+
+class DeviceError(EdgekdError):
+    """A device that cannot be reached, whose link was lost, or that lacks something."""
 
 
 class MissingPackageError(EdgekdError):

@@ -112,6 +112,7 @@ class Target(_Frozen):
         variants: further files of the same network in the bundle: ONNX Runtime's format ("ort"),
             and the file that takes integers ("integer_inputs").
         snippets: examples for apps in the bundle.
+        operators: table of operators other than the runtime's own ("coreml").
         memory_mib: of the device.
         peak: figures of the device by name and unit (fp16_gflops, memory_gb_s).
     """
@@ -134,7 +135,8 @@ class Target(_Frozen):
     layout: Literal["NCHW", "NHWC"] = "NCHW"
     shapes: Literal["dynamic_batch", "static"] = "dynamic_batch"
     variants: tuple[Literal["ort", "integer_inputs"], ...] = ()
-    snippets: tuple[Literal["Classifier.kt", "Classifier.swift"], ...] = ()
+    snippets: tuple[Literal["Classifier.kt", "Classifier.swift", "LiteRtClassifier.kt"], ...] = ()
+    operators: Literal["coreml"] | None = None
     memory_mib: int | None = None
     peak: dict[str, float] = {}
     source: tuple[Source, ...] = ()

@@ -106,9 +106,7 @@ class OrtSession:
             options.optimized_model_filepath = f"{folder}/optimized.onnx"
             self._open(self._model, options)
             graph = onnx.load(options.optimized_model_filepath).graph
-        kinds = Counter(node.op_type for node in graph.node)
-        integer = sum(kinds[kind] for kind in INTEGER_OPS)
-        return integer, integer + sum(kinds[kind] for kind in FLOAT_OPS)
+        return integer_kernels(graph)
 
     def tensors(self, inputs: Arrays, names: list[str]) -> dict[str, NDArray[np.float32]]:
         """Values of tensors by name; showing them may keep neighbours from fusing."""
@@ -123,3 +121,10 @@ class OrtSession:
         )
         session = self._open(model.SerializeToString(), self._options())
         return dict(zip(shown, self._run(session, inputs, shown), strict=True))
+
+
+def integer_kernels(graph: onnx.GraphProto) -> tuple[int, int]:
+    """(matrix operators in integers, all of them) of a graph as ONNX Runtime rewrote it."""
+    kinds = Counter(node.op_type for node in graph.node)
+    integer = sum(kinds[kind] for kind in INTEGER_OPS)
+    return integer, integer + sum(kinds[kind] for kind in FLOAT_OPS)

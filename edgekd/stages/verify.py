@@ -150,7 +150,9 @@ def verify(
                     f"points from the trained network's {reference.value:.2%}"
                 )
     if artifact.precision == "int8":
-        difference = [np.abs(a - b) / _step(b, net) for a, b in zip(theirs, ours, strict=True)]
+        difference = [
+            np.abs(a - b) / output_step(b, net) for a, b in zip(theirs, ours, strict=True)
+        ]
         figures["max_steps"] = max(float(d.max()) for d in difference)
         figures["mean_steps"] = mean = float(np.mean([d.mean() for d in difference]))
         if not mean <= mean_steps:  # NaN fails too
@@ -292,7 +294,7 @@ def _agreement(task: Task | None, a: Arrays, b: Arrays) -> float | None:
     return None
 
 
-def _step(output: NDArray[np.float32], net: Network) -> float:
+def output_step(output: NDArray[np.float32], net: Network) -> float:
     """The scale of a single quantized output's quantizer, else amax / 127."""
     assert isinstance(net.module, GraphModule)
     *_, last = net.module.graph.nodes

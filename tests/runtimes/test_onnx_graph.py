@@ -23,6 +23,7 @@ from edgekd.runtimes.onnx_graph import (
     keep_floats,
     pad_in_convolution,
     pool_globally,
+    small_letters,
     to_onnx,
 )
 from edgekd.target import QuantScheme, Target
@@ -396,3 +397,23 @@ def test_float_layers_between_integers_stay_float(
     flips = np.abs(y - run(model, x)) / 0.05
     assert flips.max() < 1.5 and (flips > 0.5).mean() < 0.02
     assert keep_floats(ir.from_proto(kept)) == 0
+
+
+def test_an_einsums_axes_get_small_letters_and_it_computes_the_same():
+    equation, sizes = "BGHID,BGHJD->BGHIJ", ((2, 3, 1, 4, 5), (2, 3, 1, 6, 5))
+    values = [
+        ir.Value(name=f"x{i}", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(s))
+        for i, s in enumerate(sizes)
+    ]
+    node = ir.node("Einsum", values, {"equation": equation})
+    node.outputs[0].name, node.outputs[0].dtype = "y", ir.DataType.FLOAT
+    graph = ir.Graph(values, node.outputs, nodes=[node], opset_imports={"": 18}, name="g")
+    model = ir.Model(graph, ir_version=8)
+    assert small_letters(model) == 1
+    assert small_letters(model) == 0
+    assert node.attributes.get_string("equation").replace("->", "").replace(",", "").islower()
+    randoms = [np.random.default_rng(i) for i in range(2)]
+    arrays = [r.normal(size=s).astype(np.float32) for r, s in zip(randoms, sizes, strict=True)]
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString())
+    (found,) = session.run(None, {"x0": arrays[0], "x1": arrays[1]})
+    np.testing.assert_allclose(found, np.einsum(equation, *arrays), rtol=1e-5, atol=1e-6)
