@@ -46,7 +46,7 @@ def write_bundle(
         examples: (N, ...) inputs for the device's own check, the first three of them; without
             any, images of seeded noise.
     """
-    inputs = _examples(net, examples)
+    inputs = example_inputs(net, examples)
     outputs = _outputs(net, inputs)
     arrays = {i.name: x.numpy() for i, x in zip(net.io.inputs, inputs, strict=True)} | outputs
     packed = io.BytesIO()
@@ -102,7 +102,7 @@ def _integers(path: Path, net: Network, target: Target) -> dict[str, Any]:
     return {name: end.model_dump() for name, end in found.items() if end is not None}
 
 
-def _examples(net: Network, examples: Tensor | None) -> tuple[Tensor, ...]:
+def example_inputs(net: Network, examples: Tensor | None = None) -> tuple[Tensor, ...]:
     """CHECKED inputs: those given, else bytes of noise as images are normalised."""
     if examples is not None:
         return (examples[:CHECKED],)

@@ -25,7 +25,7 @@ AS_THEY_ARE = (
 )  # fmt: skip
 
 
-def to_half(model: ir.Model | Path, inputs: Arrays) -> tuple[ir.Model, list[str]]:
+def to_half(model: ir.Model | Path, inputs: Arrays | None = None) -> tuple[ir.Model, list[str]]:
     """An FP16 copy of an FP32 model, with float32 inputs and outputs.
 
     Where a tensor or a weight goes beyond half of FP16's range on the given inputs, the nodes that
@@ -33,6 +33,7 @@ def to_half(model: ir.Model | Path, inputs: Arrays) -> tuple[ir.Model, list[str]
 
     Args:
         inputs: arrays of (N, ...) in the order of the model's inputs; N as the model takes it.
+            None: every node is in FP16, whatever becomes of it.
 
     Returns:
         The copy, and the names of the nodes that are kept in FP32.
@@ -41,7 +42,7 @@ def to_half(model: ir.Model | Path, inputs: Arrays) -> tuple[ir.Model, list[str]
 
     source = ir.load(model) if isinstance(model, Path) else model
     copy = ir.from_proto(onnx.shape_inference.infer_shapes(ir.to_proto(source)))
-    large = _beyond(copy, inputs)
+    large = set() if inputs is None else _beyond(copy, inputs)
     kept: list[str] = []
     for node in list(copy.graph):
         if node.op_type in AS_THEY_ARE or node.op_type == "Constant":
@@ -99,7 +100,9 @@ def _as_half(graph: ir.Graph, reader: ir.Node, value: ir.Value) -> ir.Value:
     array = constant(value)
     if array is not None:
         known = graph.initializers.get(f"{value.name}.half")
-        return known or new_constant(graph, f"{value.name}.half", array.astype(np.float16))
+        with np.errstate(over="ignore"):  # infinity, as on the device
+            rounded = array.astype(np.float16)
+        return known or new_constant(graph, f"{value.name}.half", rounded)
     if (cast := producer(value, "Cast")) is not None:
         before = cast.inputs[0]
         if before is not None and before.dtype == HALF:

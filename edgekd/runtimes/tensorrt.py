@@ -27,6 +27,8 @@ from edgekd.errors import MissingPackageError, StateError
 from edgekd.files import write_atomically
 from edgekd.network import Network
 from edgekd.runtimes.base import CompileCheck, Session, fingerprint
+from edgekd.runtimes.bundle import example_inputs
+from edgekd.runtimes.half import to_half
 from edgekd.runtimes.onnx_graph import MATRIX_OPS, quantized_matrix_ops, save_onnx, to_onnx
 from edgekd.runtimes.operators import check_operators, release
 from edgekd.target import Precision, Target
@@ -48,6 +50,9 @@ exec "$trtexec" {flags}
 
 
 Shapes = Mapping[str, tuple[int, ...]]
+
+
+STRONGLY_TYPED = (11,)  # from this version on, types are those of the ONNX
 
 
 class TensorRt:
@@ -74,10 +79,12 @@ class TensorRt:
         """
         model = to_onnx(net, target)
         check_operators(model, target)
-        versions = save_onnx(model, path)
         precision: Precision = (
             "int8" if net.scheme is not None else target.float_precision or "fp32"
         )
+        if precision == "fp16" and release(target.runtime_version) >= STRONGLY_TYPED:
+            model, _ = to_half(model, [x.numpy() for x in example_inputs(net)])
+        versions = save_onnx(model, path)
         write_script(path, target, precision, {i.name: (1, *i.shape) for i in net.io.inputs})
         return versions
 
@@ -104,12 +111,14 @@ def build_flags(shapes: Shapes, target: Target, precision: Precision) -> list[st
     """trtexec's flags, which differ from version to version.
 
     Args:
-        shapes: of the inputs by name, batch axis included.
+        shapes: of the inputs that the file leaves open, by name, batch axis included.
     """
     version_here = release(target.runtime_version)
     named = ",".join(f"{name}:{'x'.join(map(str, shape))}" for name, shape in shapes.items())
-    flags = ["--onnx=model.onnx", "--saveEngine=model.engine", f"--shapes={named}"]
-    if version_here < (11,):  # from 11 on, types are those of the ONNX
+    flags = ["--onnx=model.onnx", "--saveEngine=model.engine"]
+    if named:  # trtexec refuses it for a file of fixed shapes
+        flags.append(f"--shapes={named}")
+    if version_here < STRONGLY_TYPED:
         flags += {"fp32": [], "fp16": ["--fp16"], "int8": ["--int8", "--fp16"]}[precision]
     if target.memory_mib is not None:
         workspace = target.memory_mib // 4

@@ -101,9 +101,8 @@ def adapt(
         place = folder / "model.onnx"
         versions = save_onnx(model, place)
     if target.runtime == "tensorrt":
-        known = {str(v.name): fixed.get(str(v.name)) or _one_sample(v, target)
-                 for v in model.graph.inputs}  # fmt: skip
-        write_script(place, target, precision, known)
+        left_open = {name: _one_sample(v, target) for name, v in _unknown(model, fixed)}
+        write_script(place, target, precision, left_open)
     return Artifact.of(place, target=target, precision=precision, versions=versions), error
 
 

@@ -8,15 +8,16 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxruntime as ort
-import pytest
+import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from edgekd.network import Network
-from edgekd.runtimes import half
 from edgekd.runtimes.half import to_half, written_out
+from edgekd.runtimes.onnxruntime import OrtSession
 from edgekd.stages.export import export
 from edgekd.stages.verify import verify
+from edgekd.target import Target
 from edgekd.tasks.classification import Classification
 
 X = np.random.default_rng(0).normal(0, 1, (4, 8)).astype(np.float32)
@@ -55,16 +56,14 @@ PLANTED = (
 )
 
 
-def test_what_overflows_stays_in_single_precision(monkeypatch: pytest.MonkeyPatch):
+def test_what_overflows_stays_in_single_precision():
     source = parsed(PLANTED)
     copy, kept = to_half(source, [X])
     assert kept == ["wide", "narrow"]
     wanted, got = run(source), run(copy)
     assert np.isfinite(got).all()
     assert np.abs(got - wanted).max() <= 1e-3 * np.abs(wanted).max()
-    monkeypatch.setattr(half, "MAX", np.inf)
-    with np.errstate(over="ignore"):
-        naive, none = to_half(source, [X])
+    naive, none = to_half(source)
     assert none == []
     assert not np.isfinite(run(naive)).all()
 
@@ -92,3 +91,39 @@ def test_verify_foretells_a_nanos_half_precision(
     assert parity.relative_error is not None and parity.half_relative_error is not None
     # an FP16 number has 11 bits, and a few layers add up
     assert parity.relative_error < 1e-5 < 2**-14 < parity.half_relative_error < 2**-7
+
+
+class Overflowing(nn.Module):
+    """Beyond FP16 in between, and back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * 1e6 * 1e-6
+
+
+def test_a_nano_that_would_overflow_fails_its_gate(tmp_path: Path):
+    net = Network(Overflowing(), torch.zeros(1, 8))
+    artifact = export(net, target="jetson-nano", out=tmp_path)
+    parity = verify(artifact, net, data=[torch.randn(16, 8)])
+    assert parity.gate == "failed"
+    assert any("FP16" in reason for reason in parity.reasons)
+    assert parity.relative_error is not None and parity.relative_error < 1e-5
+
+
+def test_a_strongly_typed_tensorrt_gets_halves_in_the_file(trained: Network, tmp_path: Path):
+    newest = Target.load("jetson-orin-nano").model_copy(
+        update={"name": "thor", "runtime_version": "11.0", "compile_check": None}
+    )
+    artifact = export(trained, target=newest, out=tmp_path)
+    model = onnx.load(artifact.path)
+    stored = {t.data_type for t in model.graph.initializer if len(t.dims) == 4}
+    assert stored == {onnx.TensorProto.FLOAT16}
+    assert "--fp16" not in (tmp_path / "build_engine.sh").read_text()
+    session = OrtSession(artifact.path.read_bytes(), 1, True, "the file")
+    x = torch.randn(4, 3, 16, 16)
+    with torch.no_grad():
+        wanted = trained(x).numpy()
+    assert np.abs(session([x.numpy()])[0] - wanted).max() <= 2e-2 * np.abs(wanted).max()
