@@ -258,25 +258,38 @@ def _shapes(given: Iterable[str]) -> dict[str, tuple[int, ...]]:
 
 
 def _network_of(folder: Path, target: str) -> Path:
-    """`folder` itself, or the network in a run's folder that the target's integers or floats are.
+    """`folder` itself, or in a run's folder the last stage's network that fits the target.
 
-    A run may hold several: stages of changed recipes stay in its folder.
+    Raises:
+        StateError: there is none, or several: controls and changed recipes leave theirs too.
     """
-    from edgekd.target import Target
+    from edgekd.target import QuantScheme, Target
 
     if (folder / "spec.json").exists() or not (folder / "report.json").exists():
         return folder
-    stages = ["quantize"] if Target.load(target).scheme is not None else ["prune", "distill"]
+    scheme = Target.load(target).scheme
+
+    def fits(spec: Path) -> bool:
+        quant = json.loads(spec.read_text()).get("quant")
+        if quant is None or scheme is None:
+            return quant is None and scheme is None
+        return QuantScheme(**quant["scheme"]).fits(scheme)
+
+    stages = ("prune", "distill") if scheme is None else ("quantize",)
     for stage in stages:
-        found = sorted(p.parent for p in folder.glob(f"{stage}-*/done.json"))
+        done = (path.with_name("spec.json") for path in sorted(folder.glob(f"{stage}-*/done.json")))
+        found = [spec.parent for spec in done if fits(spec)]
         if len(found) == 1:
             return found[0]
         if found:
             raise StateError(
-                f"{folder} holds several networks for {target}; give one of "
-                f"{', '.join(map(str, found))}"
+                f"{folder} holds several networks for {target}: {', '.join(map(str, found))}; "
+                "give one of these"
             )
-    raise StateError(f"{folder} holds no finished {' or '.join(stages)} network for {target}")
+    raise StateError(
+        f"{folder} holds no network for {target} that {' or '.join(stages)} has finished; add the "
+        "target to the recipe and run it"
+    )
 
 
 def verify(
