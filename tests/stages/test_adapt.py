@@ -96,7 +96,7 @@ def test_an_old_file_of_any_size_gets_the_shape_that_a_device_needs(tmp_path: Pa
     )
     model = onnx.load(artifact.path)
     assert (model.opset_import[0].version, error) == (18, 0.0)
-    assert kinds(model) == {"Conv", "Relu", "Reshape"}
+    assert kinds(model) == {"Conv", "Relu"}
     assert [d.dim_value for d in model.graph.output[0].type.tensor_type.shape.dim] == [1, 6, 8, 8]
     assert np.array_equal(run(artifact.path), run(path))
 
@@ -200,7 +200,7 @@ def test_what_cannot_be_is_refused(floats: Path, tmp_path: Path):
 def test_other_numbers_are_refused(floats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def spoil(model: ir.Model, _: Target) -> None:
         weight = model.graph.initializers["w"]
-        weight.const_value = ir.tensor(W * np.float32(1.01), name="w")
+        weight.const_value = ir.tensor(W + np.float32(0.01), name="w")
 
     monkeypatch.setattr("edgekd.stages.adapt.fit_operators", spoil)
     with pytest.raises(TargetError, match=r"differs from the source by 0\.0.*0\.0001 is allowed"):
