@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,6 @@ from typer.testing import CliRunner
 from edgekd.cli import app
 from edgekd.errors import RecipeError, StateError
 from edgekd.network import Network
-from edgekd.runtimes.base import Artifact
 from edgekd.stages.verify import Parity
 
 RECIPE = """
@@ -118,6 +118,13 @@ def test_export_to_several_targets_gives_each_a_folder(project):
     assert (project / "several" / "android-arm64" / "model.onnx").exists()
 
 
+def test_each_target_gets_the_last_network_of_a_run_that_it_takes(project):
+    for stage, folder in (("distill", "student"), ("prune", "narrow"), ("quantize", "integers")):
+        shutil.copytree(project / folder, project / "runs" / "my" / f"{stage}-1")
+    said = call(project, "export runs/my --target host-onnxruntime --target jetson-nano --out last")
+    assert "model.onnx: int8" in said and "model.onnx: fp16" in said
+
+
 def test_profile_times_files_and_folders_in_turns(project):
     line = "profile artifact artifact/model.onnx --target host-onnxruntime --runs 20"
     assert "p50 ms" in call(project, line)
@@ -196,37 +203,6 @@ def test_a_report_that_is_not_there_or_damaged(tmp_path):
 def test_help_teaches(tmp_path, command):
     said = call(tmp_path, f"{command} --help")
     assert "Example" in said
-
-
-def test_export_finds_a_runs_network_for_the_target(
-    trained: Network, quantized: Network, tmp_path: Path
-):
-    run = tmp_path / "run"
-    run.mkdir()
-    for name, net in (("distill-1", trained), ("quantize-1", quantized)):
-        net.save(run / name)
-        (run / name / "done.json").write_text("{}")
-
-    def export(target: str, *more: str) -> tuple[int, str]:
-        out = tmp_path / f"out-{target}"
-        result = CliRunner().invoke(
-            app, ["export", str(run), "--target", target, "--out", str(out), *more]
-        )
-        return result.exit_code, f"{result.output} {result.exception}"
-
-    assert export("host-onnxruntime")[0] == 0
-    assert Artifact.load(tmp_path / "out-host-onnxruntime").precision == "int8"
-    assert export("jetson-nano")[0] == 0
-    assert Artifact.load(tmp_path / "out-jetson-nano").precision == "fp16"
-    code, said = export("jetson-orin-nano")
-    assert code != 0 and "no network for jetson-orin-nano that quantize has finished" in said
-    (run / "distill-2").mkdir()
-    for name in ("spec.json", "done.json"):
-        (run / "distill-2" / name).write_bytes((run / "distill-1" / name).read_bytes())
-    code, said = export("jetson-nano")
-    assert code != 0 and "holds several networks for jetson-nano" in said and "distill-2" in said
-    code, said = export("jetson-nano", "--shape", "x=1x3x16x16")
-    assert code != 0 and "--shape is for an ONNX file" in said
 
 
 @pytest.mark.parametrize("shape", ["1x3x8x8", "x=1x0x8", "x=", "x=1x-3"])
