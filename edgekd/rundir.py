@@ -100,20 +100,19 @@ def final_network(folder: Path, target: Target) -> Path:
     """The folder of the network that goes to `target`: `folder` itself, or a stage in a run.
 
     Of a run (`runs/NAME`), the last stage whose network the target takes: quantized if it runs
-    integers and one fits its scheme, else the float network that was pruned, or distilled.
+    integers and the run has any, else the float network that was pruned, or distilled.
 
     Raises:
-        StateError: no such network, or several (control arms, other options): their folders.
+        StateError: no such network (its integers are other targets'), or several (control arms,
+            other options): their folders.
     """
     if (folder / "spec.json").is_file():
         return folder
     known = [path for path in sorted(folder.glob("*-*/")) if (path / "done.json").is_file()]
+    known = [path for path in known if (path / "spec.json").is_file()]
     for stage in GIVEN:
-        fitting = [
-            path for path in known
-            if path.name.startswith(f"{stage}-") and (path / "spec.json").is_file()
-            and _takes(target, path)
-        ]  # fmt: skip
+        made = [path for path in known if path.name.startswith(f"{stage}-")]
+        fitting = [path for path in made if _takes(target, path)]
         if len(fitting) > 1:
             raise StateError(
                 f"{folder} holds {len(fitting)} networks for {target.name}; give one of: "
@@ -121,6 +120,11 @@ def final_network(folder: Path, target: Target) -> Path:
             )
         if fitting:
             return fitting[0]
+        if stage == "quantize" and made and target.scheme is not None:
+            raise StateError(
+                f"{folder} holds integers of other targets' schemes only; add {target.name} to the "
+                "recipe and run it, or give the folder of a float network"
+            )
     raise StateError(
         f"{folder} holds no network for {target.name}; give a folder with spec.json, or a run's "
         f"folder with a stage that is done ({', '.join(GIVEN)})"

@@ -203,3 +203,20 @@ def test_a_report_that_is_not_there_or_damaged(tmp_path):
 def test_help_teaches(tmp_path, command):
     said = call(tmp_path, f"{command} --help")
     assert "Example" in said
+
+
+@pytest.mark.parametrize("shape", ["1x3x8x8", "x=1x0x8", "x=", "x=1x-3"])
+def test_a_shape_that_is_none(shape: str, tmp_path: Path):
+    given = [
+        "export",
+        "a.onnx",
+        "--target",
+        "jetson-nano",
+        "--out",
+        str(tmp_path),
+        "--shape",
+        shape,
+    ]
+    result = CliRunner().invoke(app, given)
+    assert result.exit_code != 0
+    assert "give it as INPUT=1x3x224x224" in f"{result.output} {result.exception}"

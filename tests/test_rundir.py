@@ -239,12 +239,19 @@ def a_run(tmp_path: Path, trained: Network, quantized: Network) -> Path:
     [
         ("host-onnxruntime", "quantize-4"),
         ("jetson-nano", "prune-3"),  # no integers
-        ("jetson-orin-nano", "prune-3"),  # integers of another scheme
     ],
 )
 def test_a_target_gets_the_last_network_that_it_takes(a_run, target, stage):
     assert final_network(a_run, Target.load(target)) == a_run / stage
     assert final_network(a_run / "teacher-1", Target.load(target)) == a_run / "teacher-1"
+
+
+def test_integers_of_another_scheme_are_not_replaced_by_floats(a_run):
+    orin = Target.load("jetson-orin-nano")
+    with pytest.raises(StateError, match="integers of other targets' schemes only; add jetson-ori"):
+        final_network(a_run, orin)
+    (a_run / "quantize-4" / "done.json").unlink()
+    assert final_network(a_run, orin) == a_run / "prune-3"
 
 
 def test_of_several_networks_all_are_named(a_run, trained):
