@@ -211,17 +211,23 @@ def export(
 ) -> None:
     """Write what a target runs; with several, into a folder for each.
 
+    Of a run's folder, each target gets the last network that it takes.
+
     With --build, exits 1 if the engine is not built, or its outputs are not the expected ones.
 
     Example: edgekd export runs/my/quantize-1a2b --target intel-cpu --out artifact
+
+    Example: edgekd export runs/my --target jetson-nano --out artifact
 
     Example: edgekd export theirs.onnx --target jetson-nano --shape input=1x3x224x224 --out nano
 
     Example: edgekd export q --target jetson-orin-nano --out o --build --device ssh://me@orin
     """
     from edgekd.devices.build import build_on
+    from edgekd.rundir import final_network
     from edgekd.stages.adapt import adapt
     from edgekd.stages.export import export as verb
+    from edgekd.target import Target
 
     if build != (device is not None):
         raise RecipeError("--build and --device ssh://user@host go together; give both or none")
@@ -229,14 +235,17 @@ def export(
         raise RecipeError(f"--device is one target's; {len(target)} are given: export each alone")
     if shape and network.suffix != ".onnx":
         raise RecipeError(f"--shape is for an ONNX file; {network} has its network's shapes")
+    nets: dict[Path, Any] = {}
     for name in target:
         folder, note = out if len(target) == 1 else out / name, ""
         if network.suffix == ".onnx":
             artifact, error = adapt(network, target=name, out=folder, shapes=_shapes(shape or ()))
             note = f", relative error {error:.3g} against {network}"
         else:
-            net = _load(_network_of(network, name), trust)
-            artifact = verb(net, target=name, out=folder)
+            place = final_network(network, Target.load(name))
+            if place not in nets:
+                nets[place] = _load(place, trust)
+            artifact = verb(nets[place], target=name, out=folder)
         print(f"{artifact.path}: {artifact.precision}, {artifact.size_bytes:,} bytes{note}")
         if device is not None:
             built = build_on(artifact, device=device)
@@ -255,41 +264,6 @@ def _shapes(given: Iterable[str]) -> dict[str, tuple[int, ...]]:
             raise RecipeError(f"--shape {text}: give it as INPUT=1x3x224x224")
         shapes[name] = tuple(map(int, dims.split("x")))
     return shapes
-
-
-def _network_of(folder: Path, target: str) -> Path:
-    """`folder` itself, or in a run's folder the last stage's network that fits the target.
-
-    Raises:
-        StateError: there is none, or several: controls and changed recipes leave theirs too.
-    """
-    from edgekd.target import QuantScheme, Target
-
-    if (folder / "spec.json").exists() or not (folder / "report.json").exists():
-        return folder
-    scheme = Target.load(target).scheme
-
-    def fits(spec: Path) -> bool:
-        quant = json.loads(spec.read_text()).get("quant")
-        if quant is None or scheme is None:
-            return quant is None and scheme is None
-        return QuantScheme(**quant["scheme"]).fits(scheme)
-
-    stages = ("prune", "distill") if scheme is None else ("quantize",)
-    for stage in stages:
-        done = (path.with_name("spec.json") for path in sorted(folder.glob(f"{stage}-*/done.json")))
-        found = [spec.parent for spec in done if fits(spec)]
-        if len(found) == 1:
-            return found[0]
-        if found:
-            raise StateError(
-                f"{folder} holds several networks for {target}: {', '.join(map(str, found))}; "
-                "give one of these"
-            )
-    raise StateError(
-        f"{folder} holds no network for {target} that {' or '.join(stages)} has finished; add the "
-        "target to the recipe and run it"
-    )
 
 
 def verify(

@@ -216,15 +216,118 @@ def _trilu(graph: ir.Graph, node: ir.Node) -> bool:
     return ops.replace(graph, node, ops.op("Where", [mask, x, ops.scalar(0, x)]))
 
 
+def _hard_sigmoid(graph: ir.Graph, node: ir.Node) -> bool:
+    """max(0, min(1, α · x + β))."""
+    x, ops = node.inputs[0], _Writer()
+    alpha, beta = (node.attributes.get_float(n, d) for n, d in (("alpha", 0.2), ("beta", 0.5)))
+    line = ops.op("Add", [ops.op("Mul", [x, ops.scalar(alpha, x)]), ops.scalar(beta, x)])
+    return ops.replace(graph, node, ops.op("Clip", [line, ops.scalar(0, x), ops.scalar(1, x)]))
+
+
+def _swish(graph: ir.Graph, node: ir.Node) -> bool:
+    """x · sigmoid(α · x)."""
+    x, ops, alpha = node.inputs[0], _Writer(), node.attributes.get_float("alpha", 1.0)
+    inner = x if alpha == 1 else ops.op("Mul", [x, ops.scalar(alpha, x)])
+    return ops.replace(graph, node, ops.op("Mul", [x, ops.op("Sigmoid", [inner])]))
+
+
+def _softplus(graph: ir.Graph, node: ir.Node) -> bool:
+    """max(x, 0) + log(1 + exp(−|x|)), which never overflows."""
+    x, ops = node.inputs[0], _Writer()
+    small = ops.op("Exp", [ops.op("Neg", [ops.op("Abs", [x])])])
+    rest = ops.op("Log", [ops.op("Add", [small, ops.scalar(1, x)])])
+    return ops.replace(graph, node, ops.op("Add", [ops.op("Relu", [x]), rest]))
+
+
+def _thresholded_relu(graph: ir.Graph, node: ir.Node) -> bool:
+    x, ops, alpha = node.inputs[0], _Writer(), node.attributes.get_float("alpha", 1.0)
+    above = ops.op("Greater", [x, ops.scalar(alpha, x)])
+    return ops.replace(graph, node, ops.op("Where", [above, x, ops.scalar(0, x)]))
+
+
+def _rms_normalization(graph: ir.Graph, node: ir.Node) -> bool:
+    """x over the root of its mean square over the axes from `axis` on: arXiv:1910.07467."""
+    x, axis = node.inputs[0], node.attributes.get_int("axis", -1)
+    if x is None or (axis >= 0 and x.shape is None):
+        return False
+    if axis >= 0 and x.shape is not None:
+        axis -= len(x.shape)
+    ops = _Writer()
+    mean = ops.op("ReduceMean", [ops.op("Mul", [x, x]), ops.integers(*range(axis, 0))])
+    epsilon = ops.scalar(node.attributes.get_float("epsilon", 1e-5), x)
+    y = ops.op("Div", [x, ops.op("Sqrt", [ops.op("Add", [mean, epsilon])])])
+    return ops.replace(graph, node, ops.op("Mul", [y, node.inputs[1]]))
+
+
+def _instance_normalization(graph: ir.Graph, node: ir.Node) -> bool:
+    """Mean and variance of each channel of each sample."""
+    x = node.inputs[0]
+    if x is None or x.shape is None:
+        return False
+    ops, axes = _Writer(), tuple(range(2, len(x.shape)))
+    y = _standardised(ops, x, axes, node.attributes.get_float("epsilon", 1e-5))
+    for op_type, value in zip(("Mul", "Add"), node.inputs[1:], strict=True):
+        wide = ops.op("Reshape", [value, ops.integers(-1, *[1] * len(axes))])
+        y = ops.op(op_type, [y, wide])
+    return ops.replace(graph, node, y)
+
+
+def _over_the_map(reduction: str) -> Callable[[ir.Graph, ir.Node], bool]:
+    def define(graph: ir.Graph, node: ir.Node) -> bool:
+        x = node.inputs[0]
+        if x is None or x.shape is None:
+            return False
+        ops = _Writer()
+        axes = ops.integers(*range(2, len(x.shape)))
+        return ops.replace(graph, node, ops.op(reduction, [x, axes]))
+
+    return define
+
+
+def _one_hot(graph: ir.Graph, node: ir.Node) -> bool:
+    """Integer indices against 0 … depth − 1, where depth is known; −1 is the last class."""
+    x, depth = node.inputs[0], constant(node.inputs[1])
+    if x is None or x.shape is None or x.dtype is None or depth is None:
+        return False
+    if not x.dtype.is_integer() or not x.dtype.is_signed():
+        return False
+    axis, count = node.attributes.get_int("axis", -1), int(depth.item())
+    axis = axis if axis >= 0 else axis + len(x.shape) + 1
+    ops = _Writer()
+    classes = np.arange(count, dtype=x.dtype.numpy())
+    classes = classes.reshape(-1, *[1] * (len(x.shape) - axis))
+    index = ops.op("Unsqueeze", [x, ops.integers(axis)])
+    hits = [
+        ops.op("Equal", [index, ops.op("Constant", [], {"value": ir.tensor(numbers)})])
+        for numbers in (classes, classes - count)
+    ]
+    off, on = (
+        ops.op(
+            "Gather", [node.inputs[2], ops.op("Constant", [], {"value": ir.tensor(np.array(i))})]
+        )
+        for i in (0, 1)
+    )
+    return ops.replace(graph, node, ops.op("Where", [ops.op("Or", hits), on, off]))
+
+
 DEFINITIONS: dict[str, Callable[[ir.Graph, ir.Node], bool]] = {
     "CastLike": _cast_like,
     "Gelu": _gelu,
+    "GlobalAveragePool": _over_the_map("ReduceMean"),
+    "GlobalMaxPool": _over_the_map("ReduceMax"),
     "GroupNormalization": _group_normalization,
+    "HardSigmoid": _hard_sigmoid,
     "HardSwish": _hard_swish,
+    "InstanceNormalization": _instance_normalization,
     "LayerNormalization": _layer_normalization,
     "Mish": _mish,
     "Mod": _mod,
+    "OneHot": _one_hot,
+    "RMSNormalization": _rms_normalization,
     "Reciprocal": _reciprocal,
+    "Softplus": _softplus,
+    "Swish": _swish,
+    "ThresholdedRelu": _thresholded_relu,
     "Trilu": _trilu,
     "Xor": _xor,
 }

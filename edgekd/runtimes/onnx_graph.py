@@ -61,6 +61,7 @@ def to_onnx(net: Network, target: Target) -> ir.Model:
     _drop_unused(model)
     _drop_traces(model)
     model.metadata_props.update(metadata(net, target))
+    model.metadata_props["edgekd.tools"] = json.dumps(tool_versions())
     return model
 
 
@@ -107,6 +108,11 @@ def save_onnx(model: ir.Model, path: Path) -> dict[str, str]:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ModelError(f"the exported graph is not valid ONNX: {error}") from error
+    return tool_versions()
+
+
+def tool_versions() -> dict[str, str]:
+    """Of what an ONNX file is made with."""
     return {
         "edgekd": __version__,
         "torch": torch.__version__,

@@ -58,6 +58,34 @@ CASES: dict[str, tuple[str, str, str, int, list[NDArray[Any]]]] = {
     "CastLike": (
         "i = Constant<value_ints = [1]>() y = CastLike(x, i)", FLOAT, "int64", 18, [X],
     ),
+    "HardSigmoid": ("y = HardSigmoid<alpha = 0.7, beta = 0.1>(x)", FLOAT, "float", 18, [X]),
+    "Softplus": ("y = Softplus(x)", FLOAT, "float", 18, [X * 20]),
+    "Swish": ("y = Swish<alpha = 1.7>(x)", FLOAT, "float", 24, [X]),
+    "ThresholdedRelu": ("y = ThresholdedRelu<alpha = 0.2>(x)", FLOAT, "float", 18, [X]),
+    "RMSNormalization": (
+        "s = Constant<value_floats = [0.5, 2.0, -1.0, 3.0]>()"
+        "y = RMSNormalization<epsilon = 0.1>(x, s)",
+        FLOAT, "float", 23, [X],
+    ),
+    "RMSNormalization over two axes": (
+        "s = Constant<value_float = 2.0>() y = RMSNormalization<axis = 2>(x, s)",
+        FLOAT, "float", 23, [X],
+    ),
+    "InstanceNormalization": (
+        f"{C} y = InstanceNormalization<epsilon = 0.1>(x, c, c)", FLOAT, "float", 18, [X],
+    ),
+    "GlobalAveragePool": ("y = GlobalAveragePool(x)", FLOAT, "float", 18, [X]),
+    "GlobalMaxPool": ("y = GlobalMaxPool(x)", FLOAT, "float", 18, [X]),
+    "OneHot": (
+        "d = Constant<value_int = 7>() v = Constant<value_floats = [-1.0, 2.5]>()"
+        "y = OneHot(a, d, v)",
+        "int64[8] a", "float", 18, [WHOLE],
+    ),
+    "OneHot in front": (
+        "d = Constant<value_int = 7>() v = Constant<value_floats = [-1.0, 2.5]>()"
+        "y = OneHot<axis = 0>(a, d, v)",
+        "int64[8] a", "float", 18, [WHOLE],
+    ),
     "Trilu": (
         "k = Constant<value_int = 1>() y = Trilu<upper = 0>(x, k)", FLOAT, "float", 18, [X],
     ),
@@ -81,6 +109,12 @@ def run(model: onnx.ModelProto, arrays: list[NDArray[Any]]) -> NDArray[Any]:
     return y
 
 
+def by_reference(model: onnx.ModelProto, arrays: list[NDArray[Any]]) -> NDArray[Any]:
+    """For what is newer than ONNX Runtime's kernels."""
+    given = dict(zip([i.name for i in model.graph.input], arrays, strict=True))
+    return np.asarray(onnx.reference.ReferenceEvaluator(model).run(None, given)[0])
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_definition_computes_what_its_operator_does(case: str):
     nodes, inputs, output, opset, arrays = CASES[case]
@@ -91,7 +125,8 @@ def test_a_definition_computes_what_its_operator_does(case: str):
     after = ir.to_proto(model)
     onnx.checker.check_model(after, full_check=True)
     assert operator not in {node.op_type for node in after.graph.node}
-    wanted, got = run(before, arrays), run(after, arrays)
+    execute = by_reference if opset > 22 else run
+    wanted, got = execute(before, arrays), execute(after, arrays)
     assert (got.dtype, got.shape) == (wanted.dtype, wanted.shape)
     error = np.abs(got.astype(np.float64) - wanted).max() if got.dtype != bool else got ^ wanted
     assert np.max(error) <= 1e-6 * np.abs(wanted).max()

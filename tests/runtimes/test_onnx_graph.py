@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import re
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,9 +14,11 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+import edgekd
 from edgekd.errors import ModelError, TargetError
 from edgekd.network import Network
 from edgekd.runtimes.base import Artifact
@@ -319,10 +324,20 @@ def test_the_file_says_what_it_is(artifact: Artifact, trained: Network, scheme: 
     assert json.loads(metadata["edgekd.preprocessing"]) == {
         "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25],
     }  # fmt: skip
+    tools = json.loads(metadata["edgekd.tools"])
+    assert tools.pop("torch") == torch.__version__  # with its build
+    assert tools == {name: version(name) for name in ("edgekd", "onnx", "onnxscript")}
     if artifact.precision == "int8":
         assert QuantScheme(**json.loads(metadata["edgekd.scheme"])) == scheme
     else:
         assert "edgekd.scheme" not in metadata
+
+
+def test_the_file_names_nobody_and_no_place(artifact: Artifact):
+    content = artifact.path.read_bytes()
+    for private in (getpass.getuser() + "/", str(Path.home()) + "/", str(artifact.path.parent)):
+        assert private.encode() not in content
+    assert str(Path(edgekd.__file__).parent).encode() not in content
 
 
 def test_nothing_unused_is_left_in_the_file(artifact: Artifact):
