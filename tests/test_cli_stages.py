@@ -205,38 +205,6 @@ def test_help_teaches(tmp_path, command):
     assert "Example" in said
 
 
-<<<<<<< HEAD
-=======
-def test_export_finds_a_runs_network_for_the_target(
-    trained: Network, quantized: Network, tmp_path: Path
-):
-    run = tmp_path / "run"
-    run.mkdir()
-    for name, net in (("distill-1", trained), ("quantize-1", quantized)):
-        net.save(run / name)
-        (run / name / "done.json").write_text("{}")
-
-    def export(target: str, *more: str) -> tuple[int, str]:
-        out = tmp_path / f"out-{target}"
-        result = CliRunner().invoke(
-            app, ["export", str(run), "--target", target, "--out", str(out), *more]
-        )
-        return result.exit_code, f"{result.output} {result.exception}"
-
-    assert export("host-onnxruntime")[0] == 0
-    assert Artifact.load(tmp_path / "out-host-onnxruntime").precision == "int8"
-    assert export("jetson-nano")[0] == 0
-    assert Artifact.load(tmp_path / "out-jetson-nano").precision == "fp16"
-    (run / "distill-2").mkdir()
-    for name in ("spec.json", "done.json"):
-        (run / "distill-2" / name).write_bytes((run / "distill-1" / name).read_bytes())
-    code, said = export("jetson-nano")
-    assert code != 0 and "holds 2 networks for jetson-nano" in said and "distill-2" in said
-    code, said = export("jetson-nano", "--shape", "x=1x3x16x16")
-    assert code != 0 and "--shape is for an ONNX file" in said
-
-
->>>>>>> surgery2
 @pytest.mark.parametrize("shape", ["1x3x8x8", "x=1x0x8", "x=", "x=1x-3"])
 def test_a_shape_that_is_none(shape: str, tmp_path: Path):
     given = [

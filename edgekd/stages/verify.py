@@ -257,19 +257,9 @@ def _run_both(
     return joined(theirs), joined(ours), whole_targets, first
 
 
-<<<<<<< HEAD
 def _in_half(artifact: Artifact, data: BatchSource) -> Arrays:
     """The file's outputs on the whole split with every operator in FP16, as --fp16 may build it."""
     copy, _ = to_half(artifact.path)
-=======
-def _in_half(artifact: Artifact, data: BatchSource, first: Tensor) -> Arrays:
-    """Outputs of the file's FP16 copy on the whole split.
-
-    What overflows on a few samples of `first` is in FP32:
-    all inner tensors of more would fill the memory.
-    """
-    copy, _ = to_half(artifact.path, [first[:LOCAL_SAMPLES].numpy()])
->>>>>>> surgery2
     model = ir.to_proto(written_out(copy)).SerializeToString()
     session = OrtSession(model, torch.get_num_threads(), True, f"{artifact.path} in FP16")
     parts = [session([batch[0].numpy()]) for batch in evaluation_batches(data)]
