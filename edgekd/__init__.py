@@ -15,6 +15,7 @@ from edgekd.pipeline import run
 from edgekd.recipe import Recipe
 from edgekd.reporting.report import Report
 from edgekd.runtimes.base import Artifact
+from edgekd.stages.check import Check, check
 from edgekd.stages.distill import distill
 from edgekd.stages.export import export
 from edgekd.stages.profile import profile
@@ -27,6 +28,7 @@ from edgekd.tasks.base import Task, get_task
 __all__ = [
     "IO",
     "Artifact",
+    "Check",
     "Data",
     "EdgekdError",
     "Measurement",
@@ -38,6 +40,7 @@ __all__ = [
     "Report",
     "Target",
     "Task",
+    "check",
     "distill",
     "export",
     "get_task",

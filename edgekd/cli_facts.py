@@ -70,6 +70,44 @@ def targets(
     Console(width=None if Console().is_terminal else 140).print(table)
 
 
+def check(
+    file: Annotated[Path, typer.Argument(help="Anybody's ONNX file.")],
+    target: Annotated[list[str], typer.Option(help="A target's name; repeatable.")],
+    as_json: Json = False,
+) -> None:
+    """What of an ONNX file a device cannot hold, node by node, why, and what to do.
+
+    Exits 1 if the device would refuse it, or run it otherwise without a word.
+
+    Example: edgekd check model.onnx --target jetson-nano --target jetson-orin-nano
+    """
+    from edgekd.stages.check import check as verb
+
+    checks = [verb(file, target=name) for name in target]
+    if as_json:
+        print(json.dumps([c.model_dump(mode="json") for c in checks], indent=1))
+    for done in () if as_json else checks:
+        about = f"{done.path} on {done.target}: opset {done.opset}, {done.nodes} nodes"
+        if not done.findings:
+            print(f"{about}: nothing found")
+            continue
+        alike: dict[tuple[str, ...], list[str]] = {}
+        for f in done.findings:
+            key = (f.severity, f.rule, f.operator, f.found, f.limit, f.remedy, f.source)
+            alike.setdefault(key, []).append(f.node)
+        table = Table(title=about)
+        for heading in ("", "rule", "where", "found", "the device takes", "remedy"):
+            table.add_column(heading, overflow="fold")
+        for (severity, rule, operator, found, limit, remedy, source), nodes in alike.items():
+            more = f" and {len(nodes) - 3} more" if len(nodes) > 3 else ""
+            where = f"{operator} {', '.join(nodes[:3])}{more}".strip()
+            why = f"{limit} ({source})" if source else limit
+            table.add_row(*map(escape, (severity, rule, where, found, why, remedy)))
+        Console(width=None if Console().is_terminal else 160).print(table)
+    if any(done.errors for done in checks):
+        raise typer.Exit(1)
+
+
 def report(
     run: Annotated[Path, typer.Argument(help="A run's folder (runs/NAME), or its report.json.")],
 ) -> None:
@@ -143,4 +181,4 @@ def _installed(name: str, purpose: str, extra: str | None) -> dict[str, Any]:
             "remedy": remedy}  # fmt: skip
 
 
-FACTS = (targets, report, doctor)
+FACTS = (targets, check, report, doctor)

@@ -107,9 +107,11 @@ class Target(_Frozen):
         device: what OpenVINO calls it ("CPU", "GPU", "NPU").
         providers: of ONNX Runtime, before the CPU's.
         layout: of the file's images.
+        shapes: "dynamic_batch", or "static": the file is for one sample.
         variants: further files of the same network in the bundle: ONNX Runtime's format ("ort"),
             and the file that takes integers ("integer_inputs").
         snippets: examples for apps in the bundle.
+        operators: table of operators other than the runtime's own ("coreml").
         memory_mib: of the device.
         peak: figures of the device by name and unit (fp16_gflops, memory_gb_s).
     """
@@ -130,8 +132,10 @@ class Target(_Frozen):
     device: Literal["CPU", "GPU", "NPU"] = "CPU"
     providers: tuple[str, ...] = ()
     layout: Literal["NCHW", "NHWC"] = "NCHW"
+    shapes: Literal["dynamic_batch", "static"] = "dynamic_batch"
     variants: tuple[Literal["ort", "integer_inputs"], ...] = ()
     snippets: tuple[Literal["Classifier.kt", "Classifier.swift"], ...] = ()
+    operators: Literal["coreml"] | None = None
     memory_mib: int | None = None
     peak: dict[str, float] = {}
     source: tuple[Source, ...] = ()

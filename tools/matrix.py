@@ -1,7 +1,7 @@
 """Networks × targets × precision: what each device would make of each file, as seen from here.
 
     python tools/matrix.py                             # what is missing, the smallest first
-    python tools/matrix.py --networks resnet18 --again
+    python tools/matrix.py --networks resnet18 --again jetson-nano
     python tools/matrix.py --tables                    # docs/matrix.md from what there is
 
 Weights are random but for EfficientNet-Lite0's, BatchNorm is calibrated on noise (as in zoo.py),
@@ -104,7 +104,7 @@ def cell(
         plain = parity.model_dump(mode="json", exclude={"local", "agreement"}, exclude_none=True)
         found |= plain
         found["size_bytes"] = artifact.size_bytes
-        if parity.local is not None:
+        if parity.local is not None and parity.local.passes:
             found["local_exact"] = min(p.exact for p in parity.local.passes.values())
         found["level"] = {"passed": level(target, parity), "failed": "failed"}.get(
             parity.gate, "unchecked"
@@ -122,12 +122,14 @@ def cell(
     return found, artifact
 
 
-def one(name: str, path: Path) -> None:
-    """Every target of one network; kept after each, so that what is done stays."""
+def one(name: str, path: Path, again: list[str]) -> None:
+    """Every target of one network, or those to do again; kept after each: what is done stays."""
     torch.set_num_threads(1)
     record: dict[str, Any] = {
         "network": name, "host": host_name(), "date": today(), "cells": {}, "latency": {},
     }  # fmt: skip
+    if path.exists():
+        record |= json.loads(path.read_text())
     net = network(name)
     record["params"] = net.params
     side = NETWORKS[name][1]
@@ -138,9 +140,12 @@ def one(name: str, path: Path) -> None:
     with TemporaryDirectory() as folder:
         for target in map(Target.load, sorted(target_names())):
             file = target.model_dump_json(exclude=APART)
+            if target.name in record["cells"] and target.name not in again:
+                done.setdefault(file, (target.name, record["cells"][target.name]))
+                continue
             if file in done:
                 first, cells = done[file]
-                record["cells"][target.name] = {"as": first, **cells}
+                record["cells"][target.name] = {**cells, "as": first}
                 continue
             cells = {}
             timed = []
@@ -177,8 +182,6 @@ def one(name: str, path: Path) -> None:
             done[file] = target.name, cells
             record["cells"][target.name] = cells
             write_atomically(path, json.dumps(record, indent=1))
-    record["done"] = True
-    write_atomically(path, json.dumps(record, indent=1))
 
 
 # ---- the tables ----------------------------------------------------------------------------------
@@ -212,7 +215,7 @@ def write_tables() -> None:
         for name in NETWORKS
         if (KEPT / f"{name.replace('/', '-')}.json").exists()
     ]
-    whole = sum(bool(r.get("done")) for r in records)
+    whole = sum(r["cells"].keys() >= set(target_names()) for r in records)
     lines += [f"{whole} of {len(NETWORKS)} networks run, {len(target_names())} targets.", ""]
     count: dict[str, int] = {}
     for record in records:
@@ -249,15 +252,16 @@ def write_tables() -> None:
     write_atomically(ROOT / "docs" / "matrix.md", "\n".join(lines) + "\n")
 
 
-def launch(name: str, minutes: float) -> None:
+def launch(name: str, minutes: float, again: list[str]) -> None:
     """One network in a process of its own; the log is in runs/matrix."""
     log = ROOT / "runs" / "matrix" / f"{name.replace('/', '-')}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as file:
         try:
             subprocess.run(
-                [sys.executable, __file__, "--child", name], stdout=file, stderr=file,
-                timeout=60 * minutes, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                [sys.executable, __file__, "--child", name, "--again", *again], stdout=file,
+                stderr=file, timeout=60 * minutes, check=False,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
             )  # fmt: skip
         except subprocess.TimeoutExpired:
             print(f"{name}: not done in {minutes:g} minutes", flush=True)
@@ -267,7 +271,7 @@ def main() -> None:
     """Run what is missing; write the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--networks", nargs="*", choices=NETWORKS, help="only these")
-    parser.add_argument("--again", action="store_true", help="also what has a result")
+    parser.add_argument("--again", nargs="*", default=[], help="targets to do again")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=75, help="start no other after this")
     parser.add_argument("--tables", action="store_true", help="only write docs/matrix.md")
@@ -275,17 +279,15 @@ def main() -> None:
     options = parser.parse_args()
     KEPT.mkdir(parents=True, exist_ok=True)
     if options.child:
-        one(options.child, KEPT / f"{options.child.replace('/', '-')}.json")
+        one(options.child, KEPT / f"{options.child.replace('/', '-')}.json", options.again)
         return
     if not options.tables:
         began = time.monotonic()
 
         def job(name: str) -> None:
-            place = KEPT / f"{name.replace('/', '-')}.json"
-            there = place.exists() and json.loads(place.read_text()).get("done")
             left = options.minutes - (time.monotonic() - began) / 60
-            if left > 0 and (options.again or not there):
-                launch(name, left)
+            if left > 0:
+                launch(name, left, options.again)
 
         with ThreadPoolExecutor(options.processes) as pool:
             list(pool.map(job, options.networks or NETWORKS))

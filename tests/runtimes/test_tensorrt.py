@@ -21,8 +21,9 @@ from edgekd.errors import MissingPackageError, StateError, TargetError
 from edgekd.models.resnet import resnet
 from edgekd.runtimes import tensorrt
 from edgekd.runtimes.onnx_values import constant
+from edgekd.runtimes.operators import check_operators, operators
 from edgekd.runtimes.opset import lower
-from edgekd.runtimes.tensorrt import build_flags, check_operators, compile_check
+from edgekd.runtimes.tensorrt import build_flags, compile_check
 from edgekd.target import Target
 
 NANO, ORIN = Target.load("jetson-nano"), Target.load("jetson-orin-nano")
@@ -170,7 +171,8 @@ def test_a_nanos_file_is_opset_13_and_computes_the_same(tmp_path, name):
     onnx.checker.check_model(model, full_check=True)
     assert [(o.domain, o.version) for o in model.opset_import] == [("", 13)]
     assert model.ir_version <= 8
-    _, table = tensorrt._operators("8.2")
+    _, table = operators(NANO)
+    assert table is not None
     assert {node.op_type for node in model.graph.node} <= table.keys()
     assert all(t.data_type == onnx.TensorProto.FLOAT for t in model.graph.initializer
                if t.name.endswith("weight"))  # fmt: skip
