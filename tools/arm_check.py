@@ -406,10 +406,10 @@ def main() -> None:
     for name, net, data, images in cases(options.networks, options.photos):
         # one network for all of them: export refuses a target of another scheme
         quantized = quantize(net, target=options.targets[0], data=data, calibration=CALIBRATION)
-        found = check(options.root, options.targets, quantized, images[: IMAGES[name]])
         rows = [row for row in rows if row["network"] != name]
-        rows += [{"network": name, **row, **facts} for row in found]
-        write_atomically(options.out, json.dumps({"rows": rows}, indent=1))
+        for row in check(options.root, options.targets, quantized, images[: IMAGES[name]]):
+            rows.append({"network": name, **row, **facts})
+            write_atomically(options.out, json.dumps({"rows": rows}, indent=1))
     Console(width=None if Console().is_terminal else 150).print(table(rows))
     if wrong := [f"{row['network']} on {row['core']}" for row in rows if not agrees(row)]:
         sys.exit(f"disagree: {', '.join(wrong)}")
