@@ -29,6 +29,9 @@ PACKAGES: dict[str, tuple[str, str | None]] = {
     "onnxruntime": ("host-onnxruntime, and every emulated check", None),
     "openvino": ("intel-cpu", "openvino"),
     "tensorrt-rtx": ("the compile check of Jetson Orin artifacts", "tensorrt"),
+    "litert-torch": ("android-litert", "litert"),
+    "ai-edge-litert": ("the check of android-litert artifacts", "litert"),
+    "executorch": ("android-executorch", "executorch"),
     "timm": ("models by name", "timm"),
     "nncf": ("a baseline in benchmarks", "nncf"),
 }

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -195,38 +196,74 @@ def quantize(
 
 
 def export(
-    network: Folder,
+    network: Annotated[
+        Path, typer.Argument(help="A network's folder, a run's (runs/NAME), or an ONNX file.")
+    ],
     target: Annotated[list[str], typer.Option(help="A target's name; repeatable.")],
     out: Out,
     build: Annotated[bool, typer.Option("--build", help="Build and check it on --device.")] = False,
     device: Annotated[str | None, typer.Option(help="ssh://user@host:port, for --build.")] = None,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(metavar="INPUT=1x3x224x224", help="Fix an ONNX file's input; repeatable."),
+    ] = None,
     trust: Trust = False,
 ) -> None:
     """Write what a target runs; with several, into a folder for each.
+
+    Of a run's folder, each target gets the last network that it takes.
 
     With --build, exits 1 if the engine is not built, or its outputs are not the expected ones.
 
     Example: edgekd export runs/my/quantize-1a2b --target intel-cpu --out artifact
 
+    Example: edgekd export runs/my --target jetson-nano --out artifact
+
+    Example: edgekd export theirs.onnx --target jetson-nano --shape input=1x3x224x224 --out nano
+
     Example: edgekd export q --target jetson-orin-nano --out o --build --device ssh://me@orin
     """
     from edgekd.devices.build import build_on
+    from edgekd.rundir import final_network
+    from edgekd.stages.adapt import adapt
     from edgekd.stages.export import export as verb
+    from edgekd.target import Target
 
     if build != (device is not None):
         raise RecipeError("--build and --device ssh://user@host go together; give both or none")
     if device is not None and len(target) > 1:
         raise RecipeError(f"--device is one target's; {len(target)} are given: export each alone")
-    net = _load(network, trust)
+    if shape and network.suffix != ".onnx":
+        raise RecipeError(f"--shape is for an ONNX file; {network} has its network's shapes")
+    nets: dict[Path, Any] = {}
     for name in target:
-        artifact = verb(net, target=name, out=out if len(target) == 1 else out / name)
-        print(f"{artifact.path}: {artifact.precision}, {artifact.size_bytes:,} bytes")
+        folder, note = out if len(target) == 1 else out / name, ""
+        if network.suffix == ".onnx":
+            artifact, error = adapt(network, target=name, out=folder, shapes=_shapes(shape or ()))
+            note = f", relative error {error:.3g} against {network}"
+        else:
+            place = final_network(network, Target.load(name))
+            if place not in nets:
+                nets[place] = _load(place, trust)
+            artifact = verb(nets[place], target=name, out=folder)
+        print(f"{artifact.path}: {artifact.precision}, {artifact.size_bytes:,} bytes{note}")
         if device is not None:
             built = build_on(artifact, device=device)
             print(f"{built.host}: TensorRT {built.tensorrt}, {built.result}", built.reason or "")
             if built.result == "failed":
                 print(*built.tail, sep="\n")
                 raise typer.Exit(1)
+
+
+def _shapes(given: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """Of `INPUT=1x3x224x224`."""
+    shapes = {}
+    for text in given:
+        name, _, dims = text.rpartition("=")
+        if not name or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", dims):
+            raise RecipeError(f"--shape {text}: give it as INPUT=1x3x224x224")
+        shapes[name] = tuple(map(int, dims.split("x")))
+    return shapes
 
 
 def verify(
@@ -258,6 +295,8 @@ def verify(
     shown = parity.model_dump(exclude={"target", "precision", "gate", "local"})
     for how, found in parity.local.passes.items() if parity.local else ():
         shown[f"operator by operator, {how}"] = found.summary
+    if parity.local and parity.local.skipped:
+        shown["operator by operator"] = parity.local.skipped
     for name, value in shown.items():
         if value not in (None, (), []):
             table.add_row(name, f"{value:.6g}" if isinstance(value, float) else str(value))

@@ -12,6 +12,7 @@ import torch
 
 from edgekd.errors import StateError
 from edgekd.files import write_atomically
+from edgekd.target import QuantScheme, Target
 
 
 @dataclass(frozen=True)
@@ -89,3 +90,49 @@ class RunDir:
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path / "done.json", json.dumps(record, indent=1))
         (self.path / "last.ckpt").unlink(missing_ok=True)
+
+
+# a recipe's stages that a target may be given, the last one first
+GIVEN = ("quantize", "prune", "distill")
+
+
+def final_network(folder: Path, target: Target) -> Path:
+    """The folder of the network that goes to `target`: `folder` itself, or a stage in a run.
+
+    Of a run (`runs/NAME`), the last stage whose network the target takes: quantized if it runs
+    integers and one fits its scheme, else the float network that was pruned, or distilled.
+
+    Raises:
+        StateError: no such network, or several (control arms, other options): their folders.
+    """
+    if (folder / "spec.json").is_file():
+        return folder
+    known = [path for path in sorted(folder.glob("*-*/")) if (path / "done.json").is_file()]
+    for stage in GIVEN:
+        fitting = [
+            path for path in known
+            if path.name.startswith(f"{stage}-") and (path / "spec.json").is_file()
+            and _takes(target, path)
+        ]  # fmt: skip
+        if len(fitting) > 1:
+            raise StateError(
+                f"{folder} holds {len(fitting)} networks for {target.name}; give one of: "
+                + ", ".join(map(str, fitting))
+            )
+        if fitting:
+            return fitting[0]
+    raise StateError(
+        f"{folder} holds no network for {target.name}; give a folder with spec.json, or a run's "
+        f"folder with a stage that is done ({', '.join(GIVEN)})"
+    )
+
+
+def _takes(target: Target, folder: Path) -> bool:
+    try:
+        quant = json.loads((folder / "spec.json").read_text())["quant"]
+        scheme = None if quant is None else QuantScheme(**quant["scheme"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise StateError(f"{folder}/spec.json is damaged: {error}") from None
+    if scheme is None:
+        return target.float_precision is not None
+    return target.scheme is not None and scheme.fits(target.scheme)

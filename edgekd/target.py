@@ -107,7 +107,8 @@ class Target(_Frozen):
         device: what OpenVINO calls it ("CPU", "GPU", "NPU").
         providers: of ONNX Runtime, before the CPU's.
         layout: of the file's images.
-        shapes: "dynamic_batch", or "static": the file is for one sample.
+        shapes: of the file: a batch of any size, or "static": batch 1, and every tensor's shape
+            known, for devices that take no others or run them worse.
         variants: further files of the same network in the bundle: ONNX Runtime's format ("ort"),
             and the file that takes integers ("integer_inputs").
         snippets: examples for apps in the bundle.
@@ -134,7 +135,7 @@ class Target(_Frozen):
     layout: Literal["NCHW", "NHWC"] = "NCHW"
     shapes: Literal["dynamic_batch", "static"] = "dynamic_batch"
     variants: tuple[Literal["ort", "integer_inputs"], ...] = ()
-    snippets: tuple[Literal["Classifier.kt", "Classifier.swift"], ...] = ()
+    snippets: tuple[Literal["Classifier.kt", "Classifier.swift", "LiteRtClassifier.kt"], ...] = ()
     operators: Literal["coreml"] | None = None
     memory_mib: int | None = None
     peak: dict[str, float] = {}

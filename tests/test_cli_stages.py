@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,13 @@ def test_export_to_several_targets_gives_each_a_folder(project):
     call(project, "export narrow --target jetson-nano --target android-arm64 --out several")
     assert (project / "several" / "jetson-nano" / "build_engine.sh").exists()
     assert (project / "several" / "android-arm64" / "model.onnx").exists()
+
+
+def test_each_target_gets_the_last_network_of_a_run_that_it_takes(project):
+    for stage, folder in (("distill", "student"), ("prune", "narrow"), ("quantize", "integers")):
+        shutil.copytree(project / folder, project / "runs" / "my" / f"{stage}-1")
+    said = call(project, "export runs/my --target host-onnxruntime --target jetson-nano --out last")
+    assert "model.onnx: int8" in said and "model.onnx: fp16" in said
 
 
 def test_profile_times_files_and_folders_in_turns(project):

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from edgekd.errors import StateError
-from edgekd.rundir import RunDir
+from edgekd.network import Network
+from edgekd.rundir import RunDir, final_network
+from edgekd.target import Target
 
 STATE = {"step": 3, "net": {"w": torch.arange(1000.0)}, "optimizer": {"lr": 0.1, "state": {}}}
 
@@ -213,3 +215,54 @@ def test_a_damaged_done_says_what_to_do(run, content):
     (run.path / "done.json").write_text(content)
     with pytest.raises(StateError, match=r"done.json is damaged .*; delete it to redo"):
         run.done()
+
+
+# ---- a run's last network ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def a_run(tmp_path: Path, trained: Network, quantized: Network) -> Path:
+    """As the pipeline lays one out: stages, an artifact's folder, one stage not done."""
+    stages = {"teacher-1": trained, "distill-2": trained, "prune-3": trained,
+              "quantize-4": quantized, "quantize-5": trained, "prune-6": trained}  # fmt: skip
+    for name, net in stages.items():
+        net.save(tmp_path / name)
+        if name != "prune-6":
+            RunDir(tmp_path / name).finish({})
+    RunDir(tmp_path / "export-host-onnxruntime-7").finish({})
+    (tmp_path / "quantize-5" / "spec.json").unlink()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("target", "stage"),
+    [
+        ("host-onnxruntime", "quantize-4"),
+        ("jetson-nano", "prune-3"),  # no integers
+        ("jetson-orin-nano", "prune-3"),  # integers of another scheme
+    ],
+)
+def test_a_target_gets_the_last_network_that_it_takes(a_run, target, stage):
+    assert final_network(a_run, Target.load(target)) == a_run / stage
+    assert final_network(a_run / "teacher-1", Target.load(target)) == a_run / "teacher-1"
+
+
+def test_of_several_networks_all_are_named(a_run, trained):
+    trained.save(a_run / "prune-8")
+    RunDir(a_run / "prune-8").finish({})
+    assert final_network(a_run, Target.load("host-onnxruntime")) == a_run / "quantize-4"
+    with pytest.raises(StateError, match=r"holds 2 networks for jetson-nano; .*prune-3, .*prune-8"):
+        final_network(a_run, Target.load("jetson-nano"))
+
+
+def test_without_a_network_for_the_target(a_run, host):
+    for name in ("distill-2", "prune-3", "quantize-4"):
+        (a_run / name / "done.json").unlink()
+    with pytest.raises(StateError, match="holds no network for host-onnxruntime; give a folder"):
+        final_network(a_run, host)
+
+
+def test_a_damaged_network_is_named(a_run, host):
+    (a_run / "quantize-4" / "spec.json").write_text("{}")
+    with pytest.raises(StateError, match=r"quantize-4/spec.json is damaged"):
+        final_network(a_run, host)

@@ -196,6 +196,10 @@ class Report(_Row):
                 console.print(
                     f"{row.target} {row.precision}, operator by operator {how}: {found.summary}"
                 )
+            if row.local and row.local.skipped:
+                console.print(
+                    f"{row.target} {row.precision}, not operator by operator: {row.local.skipped}"
+                )
             for reason in row.reasons:
                 console.print(f"{row.target} {row.precision} [bold]{row.gate}[/]: {escape(reason)}")
         console.print(f"{'all gates passed' if self.passed else 'NOT all gates passed'}")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-import warnings
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -45,8 +44,7 @@ FACTS = "edgekd"  # the method that gives the file's facts
 
 def _executorch(module: str) -> Any:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet("root"):
             return import_module(f"executorch.{module}")
     except ImportError:
         raise MissingPackageError("executorch", "executorch") from None
@@ -132,8 +130,7 @@ class ExecuTorchSession:
         self._content = content
         runtime = _executorch("runtime")
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # its number of threads is experimental
+            with quiet("root"):  # it warns that to set the number of threads is experimental
                 library = _executorch("extension.pybindings.portable_lib")
                 library._unsafe_reset_threadpool(threads)
             self._program = runtime.Runtime.get().load_program(content)
@@ -167,7 +164,7 @@ class ExecuTorchSession:
 
     def integer_share(self) -> tuple[int, int]:
         """Read off the file: XNNPACK's nodes that give int8; portable kernels compute in float."""
-        program = _program(self._content)
+        program = read_program(self._content)
         (plan,) = (p for p in program.execution_plan if p.name == "forward")
         calls = [
             call.instr_args.op_index
@@ -193,7 +190,7 @@ class ExecuTorchSession:
         return {}
 
 
-def _program(content: bytes) -> Any:
+def read_program(content: bytes) -> Any:
     """A file's program, its segments put back in."""
     return _executorch("exir._serialize._program").deserialize_pte_binary(content).program
 

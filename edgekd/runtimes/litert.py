@@ -2,16 +2,16 @@
 
 The converter moves the quantize and dequantize operators into the operators between them, and the
 outermost ones out of the file: its inputs and outputs are int8, and every scale is the trained one.
-Images are (N, H, W, C), as LiteRT's kernels want them, so no operator transposes; a session takes
-and gives (N, C, H, W) like all others. The file is for one sample, and a session runs a batch one
-by one: with a fixed shape, the kernels of phones take all of it.
+Images are (N, H, W, C), as LiteRT's kernels want them: of convolutional networks, the converter
+transposes around a Pad alone. A session takes and gives (N, C, H, W) like all others. The file is
+for one sample, and a session runs a batch one by one: with a fixed shape, the kernels of phones
+take all of it.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import warnings
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -38,6 +38,10 @@ from edgekd.target import Target
 
 MATRIX_OPS = {
     "CONV_2D", "CONV_3D", "DEPTHWISE_CONV_2D", "TRANSPOSE_CONV", "FULLY_CONNECTED", "BATCH_MATMUL",
+}  # fmt: skip
+# of operators with kernels for (N, H, W, C) alone
+CHANNELS_LAST = {
+    "CONV_2D", "DEPTHWISE_CONV_2D", "TRANSPOSE_CONV", "AVERAGE_POOL_2D", "MAX_POOL_2D",
 }  # fmt: skip
 TENSORS = "edgekd.tensors"  # in the file's metadata: name -> [index, channels last]
 Places = dict[str, tuple[int, bool]]
@@ -110,8 +114,7 @@ def _convert(net: Network) -> bytes:
         ModelError: an operator has no form there.
     """
     try:
-        with quiet("root"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet("root"):
             converter = import_module("litert_torch")
             quantization = import_module("litert_torch.quantize.quant_config")
             pt2e = import_module("litert_torch.quantize.pt2e_quantizer")
@@ -181,33 +184,35 @@ def _activations(net: Network, model: Any) -> Iterator[tuple[str, tuple[int, boo
     """Where each quantized activation is in the file: the same scale, zero point and shape.
 
     The converter keeps no names. Of several tensors that fit, the operators' order decides. What it
-    transposes between two layouts has no name; of a cube in such a file, the layout is not known.
+    transposes has no name; nor has a cube that may be of either layout.
     """
     if net.scheme is None:
         return
     assert isinstance(net.module, GraphModule)
     (graph,) = model.subgraphs
-    transpose = _litert("schema_py_generated").BuiltinOperator.TRANSPOSE
+    kinds = _litert("schema_py_generated").BuiltinOperator
     codes = [code.builtinCode for code in model.operatorCodes]
-    kept = [op for op in graph.operators if codes[op.opcodeIndex] != transpose]
-    one_layout = len(kept) == len(graph.operators)
-    left = [
-        int(index) for index in (*graph.inputs, *(i for op in kept for i in op.outputs))
-        if _parameters(graph.tensors[index])
-    ]  # fmt: skip
+    last = {getattr(kinds, name) for name in CHANNELS_LAST}
+    # index -> whether it is (N, H, W, C) for certain
+    left = {int(index): True for index in graph.inputs}
+    left |= {int(i): codes[op.opcodeIndex] in last for op in graph.operators for i in op.outputs}
+    for op in graph.operators:
+        if codes[op.opcodeIndex] == kinds.TRANSPOSE:
+            left = {i: certain for i, certain in left.items() if i not in op.outputs}
+    one_layout = kinds.TRANSPOSE not in codes
     for reader in net.module.graph.find_nodes(op="call_module"):
         source, quantizer = arguments(reader)[0], quantizer_at(net.module, reader)
         if source.op == "get_attr" or quantizer is None:
             continue
         wanted = quantizer.scale.item(), int(quantizer.zero_point)
         shape = tuple(source.meta["val"].shape[1:])
-        for index in left:
+        for index, certain in left.items():
             stored = tuple(graph.tensors[index].shape[1:])
             # (H, W, C) first: nothing else is in a file of one layout
             layouts = [len(shape) == 3 and stored == (*shape[1:], shape[0]), stored == shape]
-            certain = one_layout or not all(layouts)
-            if any(layouts) and certain and _parameters(graph.tensors[index]) == wanted:
-                left.remove(index)
+            known = certain or one_layout or not all(layouts)
+            if any(layouts) and known and _parameters(graph.tensors[index]) == wanted:
+                del left[index]
                 yield quantized_name(source.name), (index, layouts[0])
                 break
 

@@ -9,6 +9,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from string import ascii_lowercase
 
 import numpy as np
 import onnx
@@ -21,16 +22,19 @@ from edgekd import __version__
 from edgekd.errors import ModelError, TargetError
 from edgekd.network import Network
 from edgekd.quantization.placement import quantized_activations
+from edgekd.runtimes.decompose import decompose, fold_constants
 from edgekd.runtimes.integer_ends import cut_ends
 from edgekd.runtimes.onnx_values import constant, new_constant, producer
+from edgekd.runtimes.operators import operators
 from edgekd.runtimes.opset import EXPORTED, lower
+from edgekd.runtimes.shapes import fix_shapes
 from edgekd.target import Target
 
 MATRIX_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
 def to_onnx(net: Network, target: Target) -> ir.Model:
-    """The network as a model of the target's opset, batch dynamic, rewritten and labelled.
+    """The network as a model of the target's opset and shapes, rewritten and labelled.
 
     Raises:
         TargetError: torch could not give this opset; it names the one it gave.
@@ -48,14 +52,30 @@ def to_onnx(net: Network, target: Target) -> ir.Model:
     if wanted is not None and wanted.bias == "int32":
         integer_bias(model)
     drop_idle_clips(model)
+    small_letters(model)
     if wanted is not None and (wanted.integer_inputs or wanted.integer_outputs):
         cut_ends(model, inputs=wanted.integer_inputs, outputs=wanted.integer_outputs)
-    if target.opset < EXPORTED:
-        lower(model, target.opset, target.name)
+    if target.shapes == "static":
+        fix_shapes(model, {i.name: (1, *i.shape) for i in net.io.inputs})
+    fit_operators(model, target)
     _drop_unused(model)
     _drop_traces(model)
     model.metadata_props.update(metadata(net, target))
+    model.metadata_props["edgekd.tools"] = json.dumps(tool_versions())
     return model
+
+
+def fit_operators(model: ir.Model, target: Target) -> None:
+    """Operators of opset 18 become those of the target's opset and, on TensorRT, of its parser.
+
+    Raises:
+        TargetError: an operator has no form there.
+    """
+    if target.runtime == "tensorrt":
+        fold_constants(model)
+        decompose(model, operators(target)[1] or ())
+    if target.opset < EXPORTED:
+        lower(model, target.opset, target.name)
 
 
 def _exported(net: Network, opset: int, unsigned: bool, device: str) -> ir.Model:
@@ -88,6 +108,11 @@ def save_onnx(model: ir.Model, path: Path) -> dict[str, str]:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ModelError(f"the exported graph is not valid ONNX: {error}") from error
+    return tool_versions()
+
+
+def tool_versions() -> dict[str, str]:
+    """Of what an ONNX file is made with."""
     return {
         "edgekd": __version__,
         "torch": torch.__version__,
@@ -208,6 +233,19 @@ def pad_in_convolution(model: ir.Model) -> int:
         )
         conv.replace_input_with(0, pad.inputs[0])
         count += 1
+    return count
+
+
+def small_letters(model: ir.Model) -> int:
+    """Einsum's axes get small letters, the only ones that TensorRT reads."""
+    count = 0
+    for node in model.graph:
+        equation = node.attributes.get_string("equation", "") if node.op_type == "Einsum" else ""
+        axes = sorted(set(filter(str.isalpha, equation)))
+        if any(map(str.isupper, axes)) and len(axes) <= len(ascii_lowercase):
+            letters = str.maketrans(dict(zip(axes, ascii_lowercase, strict=False)))
+            node.attributes["equation"] = ir.AttrString("equation", equation.translate(letters))
+            count += 1
     return count
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgekd.errors import MissingPackageError, StateError
@@ -30,6 +31,23 @@ def _openvino() -> Any:
     return openvino
 
 
+def write_ir(exported: ir.Model, path: Path, *, half: bool) -> dict[str, str]:
+    """An ONNX model as `.xml` and `.bin`, float weights in FP16 if `half`; the tools' versions."""
+    openvino = _openvino()
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "model.onnx"
+        own_zero_points(exported)
+        versions = save_onnx(exported, source)
+        model = openvino.convert_model(source)
+        if KEY in exported.metadata_props:
+            model.set_rt_info(exported.metadata_props[KEY], KEY)
+        try:
+            openvino.save_model(model, path, compress_to_fp16=half)
+        except RuntimeError as error:
+            raise OSError(f"OpenVINO could not write {path}: {error}") from None
+    return versions | {"openvino": OpenVino().version()}
+
+
 class OpenVino:
     """The CPU plugin."""
 
@@ -46,21 +64,8 @@ class OpenVino:
 
     def export(self, net: Network, target: Target, path: Path) -> dict[str, str]:
         """Write the IR: `.xml` and `.bin`; float weights as the device computes, FP16 or FP32."""
-        openvino = _openvino()
-        with tempfile.TemporaryDirectory() as folder:
-            source = Path(folder) / "model.onnx"
-            exported = to_onnx(net, target)
-            own_zero_points(exported)
-            versions = save_onnx(exported, source)
-            model = openvino.convert_model(source)
-            if KEY in exported.metadata_props:
-                model.set_rt_info(exported.metadata_props[KEY], KEY)
-            half = net.scheme is None and target.float_precision == "fp16"
-            try:
-                openvino.save_model(model, path, compress_to_fp16=half)
-            except RuntimeError as error:
-                raise OSError(f"OpenVINO could not write {path}: {error}") from None
-        return versions | {"openvino": self.version()}
+        half = net.scheme is None and target.float_precision == "fp16"
+        return write_ir(to_onnx(net, target), path, half=half)
 
     def load(self, path: Path, *, threads: int, emulated: bool = False) -> OpenVinoSession:
         """Compile an IR; `emulated` is refused: OpenVINO has no such mode."""

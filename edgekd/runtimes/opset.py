@@ -14,6 +14,7 @@ import onnx
 import onnx_ir as ir
 
 from edgekd.errors import TargetError
+from edgekd.runtimes.decompose import decompose
 from edgekd.runtimes.onnx_values import constant, new_constant
 
 EXPORTED = 18
@@ -30,6 +31,8 @@ def lower(model: ir.Model, opset: int, device: str) -> None:
     Raises:
         TargetError: an operator has no form there; the node is named.
     """
+    older = {node.op_type for node in model.graph if _since(node.op_type, opset) is not None}
+    decompose(model, older)
     for node in list(model.graph):
         if node.domain not in ("", "ai.onnx"):
             continue
@@ -123,13 +126,22 @@ def _resize(_: ir.Graph, node: ir.Node) -> bool:
     return _without("antialias")(_, node)
 
 
-def _hard_swish(graph: ir.Graph, node: ir.Node) -> bool:
-    """x · HardSigmoid(x), as it is defined."""
-    x = node.inputs[0]
-    gate = ir.node("HardSigmoid", [x], {"alpha": 1 / 6, "beta": 0.5}, name=f"{node.name}.gate")
-    product = ir.node("Mul", [x, gate.outputs[0]], name=node.name)
+def _shape(graph: ir.Graph, node: ir.Node) -> bool:
+    """`start` and `end` become a Slice of the whole shape."""
+    start, end = node.attributes.get_int("start", 0), node.attributes.get_int("end", 2**31 - 1)
+    node.attributes.pop("start", None)
+    node.attributes.pop("end", None)
+    output = node.outputs[0]
+    if start == 0 and end == 2**31 - 1:
+        return True
+    bounds = [
+        new_constant(graph, f"{output.name}.{name}", np.array([bound], np.int64))
+        for name, bound in (("start", start), ("end", end))
+    ]
+    whole = ir.node("Shape", node.inputs, name=node.name)
+    part = ir.node("Slice", [*whole.outputs, *bounds], name=f"{node.name}.part")
     ir.convenience.replace_nodes_and_values(
-        graph, node, [node], [gate, product], node.outputs, product.outputs
+        graph, node, [node], [whole, part], node.outputs, part.outputs
     )
     return True
 
@@ -139,10 +151,9 @@ REWRITES: dict[str, Callable[[ir.Graph, ir.Node], bool]] = {
         ("ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2",
          "ReduceLogSum", "ReduceLogSumExp", "ReduceSumSquare"), _axes_to_attribute,
     ),
-    "HardSwish": _hard_swish,
     "Pad": _pad,
     "Reshape": _reshape,
     "Resize": _resize,
-    "Shape": _without("start", "end"),
+    "Shape": _shape,
     "Split": _split,
 }  # fmt: skip

@@ -330,6 +330,13 @@ def _plugin(model: ir.Model, target: Target) -> Iterator[Found]:
             yield node, node.op_type
 
 
+def _einsum(model: ir.Model, target: Target) -> Iterator[Found]:
+    for node in _of(model, "Einsum"):
+        equation = node.attributes.get_string("equation", "")
+        if equation != equation.lower():
+            yield node, equation
+
+
 def _shape(model: ir.Model, target: Target) -> Iterator[Found]:
     first = 0 if target.shapes == "static" else 1
     for value in model.graph.inputs:
@@ -375,6 +382,11 @@ RULES: dict[str, Rule] = {
         lambda t: t.runtime == "tensorrt", _plugin, "warning", "operators of TensorRT itself; this "
         "one is in its plugin library, which trtexec loads and tensorrt-rtx does not have",
         "load libnvinfer_plugin in your program too",
+        "https://github.com/onnx/onnx-tensorrt/blob/main/docs/operators.md",
+    ),
+    "einsum": Rule(
+        lambda t: t.runtime == "tensorrt", _einsum, "error", "small letters in an equation",
+        "edgekd export FILE --target {name} renames the axes",
         "https://github.com/onnx/onnx-tensorrt/blob/main/docs/operators.md",
     ),
     "integers": Rule(

@@ -13,7 +13,7 @@ import contextlib
 import json
 import re
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -47,6 +47,9 @@ exec "$trtexec" {flags}
 """
 
 
+Shapes = Mapping[str, tuple[int, ...]]
+
+
 class TensorRt:
     """TensorRT, by way of ONNX."""
 
@@ -75,16 +78,7 @@ class TensorRt:
         precision: Precision = (
             "int8" if net.scheme is not None else target.float_precision or "fp32"
         )
-        digest, _ = fingerprint(path)
-        script = SCRIPT.format(
-            title=target.title, precision=precision, version=target.runtime_version,
-            sha256=digest, flags=" ".join(map(shlex.quote, build_flags(net, target, precision))),
-        )  # fmt: skip
-        write_atomically(path.with_name("build_engine.sh"), script)
-        path.with_name("build_engine.sh").chmod(0o755)
-        if target.compile_check is not None:
-            with contextlib.suppress(MissingPackageError):  # verify says what is unchecked
-                compiled(path, target, precision)
+        write_script(path, target, precision, {i.name: (1, *i.shape) for i in net.io.inputs})
         return versions
 
     def load(self, path: Path, *, threads: int, emulated: bool = False) -> Session:
@@ -92,11 +86,29 @@ class TensorRt:
         raise StateError(f"{path}: build it on the device with build_engine.sh, and run it there")
 
 
-def build_flags(net: Network, target: Target, precision: Precision) -> list[str]:
-    """trtexec's flags, which differ from version to version."""
+def write_script(path: Path, target: Target, precision: Precision, shapes: Shapes) -> None:
+    """`build_engine.sh` beside `path`, and what compiles for the device's kind, if it is here."""
+    flags = " ".join(map(shlex.quote, build_flags(shapes, target, precision)))
+    script = SCRIPT.format(
+        title=target.title, precision=precision, version=target.runtime_version,
+        sha256=fingerprint(path)[0], flags=flags,
+    )  # fmt: skip
+    write_atomically(path.with_name("build_engine.sh"), script)
+    path.with_name("build_engine.sh").chmod(0o755)
+    if target.compile_check is not None:
+        with contextlib.suppress(MissingPackageError):  # verify says what is unchecked
+            compiled(path, target, precision)
+
+
+def build_flags(shapes: Shapes, target: Target, precision: Precision) -> list[str]:
+    """trtexec's flags, which differ from version to version.
+
+    Args:
+        shapes: of the inputs by name, batch axis included.
+    """
     version_here = release(target.runtime_version)
-    shapes = ",".join(f"{i.name}:{'x'.join(map(str, (1, *i.shape)))}" for i in net.io.inputs)
-    flags = ["--onnx=model.onnx", "--saveEngine=model.engine", f"--shapes={shapes}"]
+    named = ",".join(f"{name}:{'x'.join(map(str, shape))}" for name, shape in shapes.items())
+    flags = ["--onnx=model.onnx", "--saveEngine=model.engine", f"--shapes={named}"]
     if version_here < (11,):  # from 11 on, types are those of the ONNX
         flags += {"fp32": [], "fp16": ["--fp16"], "int8": ["--int8", "--fp16"]}[precision]
     if target.memory_mib is not None:

@@ -63,7 +63,7 @@ def check(path: str | Path, *, target: str | Target) -> Check:
             f"{target.name} takes no ONNX; edgekd export writes its format from a network, and "
             "verify checks it"
         )
-    model = _read(path)
+    model = read_onnx(path)
     findings = [
         Finding(
             rule=name,
@@ -87,7 +87,7 @@ def check(path: str | Path, *, target: str | Target) -> Check:
     )  # fmt: skip
 
 
-def _read(path: Path) -> ir.Model:
+def read_onnx(path: Path) -> ir.Model:
     """The file with the shapes and types of all its tensors."""
     if not path.is_file():
         raise ModelError(f"{path} does not exist")

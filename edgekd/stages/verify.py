@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import numpy as np
+import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
@@ -24,7 +25,9 @@ from edgekd.runtimes.base import (
     Session,
     verifying_runtime,
 )
+from edgekd.runtimes.half import to_half, written_out
 from edgekd.runtimes.local_parity import LocalParity, local_parity
+from edgekd.runtimes.onnxruntime import OrtSession
 from edgekd.runtimes.tensorrt import compile_check
 from edgekd.target import Precision, Target
 from edgekd.tasks.base import Score, Task, top1_agreement
@@ -44,6 +47,9 @@ class Parity(BaseModel):
         max_steps, mean_steps: difference of outputs in steps; a step is the scale of the
             output's quantizer, or amax / 127 where the output is float. INT8 only.
         relative_error: largest difference of outputs over their largest magnitude. FP32 only.
+        half_agreement, half_relative_error: likewise of an FP16 copy of the file, each operator
+            rounded to half precision on this host: a prediction of what the device builds. Of
+            precision "fp16", where the file is ONNX.
         metric: of the artifact itself; reference_metric: of the Network.
         integer_share: matrix operators in integers over those that the placement has in integers.
             INT8 only.
@@ -63,6 +69,8 @@ class Parity(BaseModel):
     max_steps: float | None = None
     mean_steps: float | None = None
     relative_error: float | None = None
+    half_agreement: float | None = None
+    half_relative_error: float | None = None
     metric: Score | None = None
     reference_metric: Score | None = None
     integer_share: float | None = None
@@ -170,10 +178,15 @@ def verify(
         )
         failed += _local_failures(local, min(local_exact, runtime.exact))
     else:
-        figures["relative_error"] = max(
-            float(np.abs(a - b).max() / max(float(np.abs(b).max()), 1e-30))
-            for a, b in zip(theirs, ours, strict=True)
-        )
+        figures["relative_error"] = _relative_error(theirs, ours)
+    if artifact.precision == "fp16" and artifact.path.suffix == ".onnx":
+        rounded = _in_half(artifact, data, first)
+        figures["half_relative_error"] = _relative_error(rounded, ours)
+        figures["half_agreement"] = half = _agreement(task, rounded, ours)
+        if not all(np.isfinite(t).all() for t in rounded):
+            failed.append("the outputs of the copy in FP16 are not finite")
+        if half is not None and half < agreement:
+            failed.append(f"agreement in FP16 {half:.2%} is below {agreement:.2%}")
     if target.compile_check is not None:
         try:
             figures["compiled"] = compiled = compile_check(
@@ -242,6 +255,22 @@ def _run_both(
 
     whole_targets = tuple(torch.cat(t) for t in zip(*targets, strict=True))
     return joined(theirs), joined(ours), whole_targets, first
+
+
+def _in_half(artifact: Artifact, data: BatchSource, first: Tensor) -> Arrays:
+    """Outputs of the file's FP16 copy on the whole split; what overflows on `first` is in FP32."""
+    copy, _ = to_half(artifact.path, [first.numpy()])
+    model = ir.to_proto(written_out(copy)).SerializeToString()
+    session = OrtSession(model, torch.get_num_threads(), True, f"{artifact.path} in FP16")
+    parts = [session([batch[0].numpy()]) for batch in evaluation_batches(data)]
+    return [np.concatenate(part) for part in zip(*parts, strict=True)]
+
+
+def _relative_error(outputs: Arrays, wanted: Arrays) -> float:
+    return max(
+        float(np.abs(a - b).max() / max(float(np.abs(b).max()), 1e-30))
+        for a, b in zip(outputs, wanted, strict=True)
+    )
 
 
 def _as_arrays(outputs: Any) -> Arrays:

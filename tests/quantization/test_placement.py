@@ -367,6 +367,16 @@ def test_operators_that_share_scales_have_one_quantizer(scheme: QuantScheme):
     assert sharing(graph) == [["x", "conv2d", "relu"]]
 
 
+def test_a_pooling_over_windows_shares_its_scale_and_one_over_the_map_does_not(
+    scheme: QuantScheme,
+):
+    shared = scheme.model_copy(update={"shared_scales": ("pool",)})
+    graph = place(graph_of(lambda m, x: F.avg_pool2d(m.a(x), 2), (4, 8, 8)), shared)
+    assert ["conv2d", "avg_pool2d"] in sharing(graph)
+    graph = place(graph_of(lambda m, x: F.adaptive_avg_pool2d(m.a(x), 1), (4, 8, 8)), shared)
+    assert all("adaptive_avg_pool2d" not in group for group in sharing(graph))
+
+
 def test_layers_stay_in_float_on_request(scheme: QuantScheme):
     graph = place(graph_of(CASES["concat"].function, (4, 8, 8)), scheme, ["a"])
     assert quantized_activations(graph) == ["cat", "conv2d_1"]

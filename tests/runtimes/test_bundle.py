@@ -264,3 +264,29 @@ def test_the_apps_snippets_are_filled_in(phone: Artifact, trained: Network, tmp_
     swift = (tmp_path / "Classifier.swift").read_text()
     assert "@" not in swift
     assert '["input": tensor], outputNames: ["output"]' in swift
+
+
+@pytest.mark.parametrize(
+    ("target", "package", "snippet"),
+    [
+        ("android-litert", "litert_torch", "LiteRtClassifier.kt"),
+        ("android-executorch", "executorch", None),
+    ],
+)
+def test_a_phones_bundle_checks_itself(
+    target: str, package: str, snippet: str | None, trained: Network, batches: Any, tmp_path: Path
+):
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    from edgekd.stages.quantize import quantize
+
+    export(quantize(trained, target=target, data=batches[:2]), target=target, out=tmp_path)
+    integers = manifest_of(tmp_path)["integers"]
+    assert {"input", "output"} <= set(integers)
+    assert {end["dtype"] for end in integers.values()} == {"int8"}
+    command = [sys.executable, "-W", "ignore", str(tmp_path / "infer.py"), "--check"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads(ran.stdout.strip().splitlines()[-1])["passed"] is True
+    if snippet is not None:
+        assert "@" not in (tmp_path / snippet).read_text()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import re
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,9 +14,11 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+import edgekd
 from edgekd.errors import ModelError, TargetError
 from edgekd.network import Network
 from edgekd.runtimes.base import Artifact
@@ -23,6 +28,7 @@ from edgekd.runtimes.onnx_graph import (
     keep_floats,
     pad_in_convolution,
     pool_globally,
+    small_letters,
     to_onnx,
 )
 from edgekd.target import QuantScheme, Target
@@ -318,10 +324,20 @@ def test_the_file_says_what_it_is(artifact: Artifact, trained: Network, scheme: 
     assert json.loads(metadata["edgekd.preprocessing"]) == {
         "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25],
     }  # fmt: skip
+    tools = json.loads(metadata["edgekd.tools"])
+    assert tools.pop("torch") == torch.__version__  # with its build
+    assert tools == {name: version(name) for name in ("edgekd", "onnx", "onnxscript")}
     if artifact.precision == "int8":
         assert QuantScheme(**json.loads(metadata["edgekd.scheme"])) == scheme
     else:
         assert "edgekd.scheme" not in metadata
+
+
+def test_the_file_names_nobody_and_no_place(artifact: Artifact):
+    content = artifact.path.read_bytes()
+    for private in (getpass.getuser() + "/", str(Path.home()) + "/", str(artifact.path.parent)):
+        assert private.encode() not in content
+    assert str(Path(edgekd.__file__).parent).encode() not in content
 
 
 def test_nothing_unused_is_left_in_the_file(artifact: Artifact):
@@ -396,3 +412,23 @@ def test_float_layers_between_integers_stay_float(
     flips = np.abs(y - run(model, x)) / 0.05
     assert flips.max() < 1.5 and (flips > 0.5).mean() < 0.02
     assert keep_floats(ir.from_proto(kept)) == 0
+
+
+def test_an_einsums_axes_get_small_letters_and_it_computes_the_same():
+    equation, sizes = "BGHID,BGHJD->BGHIJ", ((2, 3, 1, 4, 5), (2, 3, 1, 6, 5))
+    values = [
+        ir.Value(name=f"x{i}", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(s))
+        for i, s in enumerate(sizes)
+    ]
+    node = ir.node("Einsum", values, {"equation": equation})
+    node.outputs[0].name, node.outputs[0].dtype = "y", ir.DataType.FLOAT
+    graph = ir.Graph(values, node.outputs, nodes=[node], opset_imports={"": 18}, name="g")
+    model = ir.Model(graph, ir_version=8)
+    assert small_letters(model) == 1
+    assert small_letters(model) == 0
+    assert node.attributes.get_string("equation").replace("->", "").replace(",", "").islower()
+    randoms = [np.random.default_rng(i) for i in range(2)]
+    arrays = [r.normal(size=s).astype(np.float32) for r, s in zip(randoms, sizes, strict=True)]
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString())
+    (found,) = session.run(None, {"x0": arrays[0], "x1": arrays[1]})
+    np.testing.assert_allclose(found, np.einsum(equation, *arrays), rtol=1e-5, atol=1e-6)

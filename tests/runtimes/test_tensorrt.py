@@ -48,6 +48,9 @@ def ours() -> edgekd.Network:
     return network(resnet(num_classes=10, widths=[8, 16, 32]))
 
 
+SHAPES = {"input": (1, 3, 32, 32)}  # of `ours`
+
+
 @pytest.fixture(scope="module")
 def rtx() -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx compiles for the Orin")
@@ -184,19 +187,41 @@ def test_a_nanos_file_is_opset_13_and_computes_the_same(tmp_path, name):
     assert np.abs(got - wanted).max() <= 1e-5 * max(1, np.abs(wanted).max())
 
 
-def test_what_the_device_does_not_have_is_named():
-    class Normed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm = nn.LayerNorm(8)
+class Attending(nn.Module):
+    """What transformers are made of, on tokens of 4 × 8."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.mlp = nn.LayerNorm(8), nn.Sequential(nn.Linear(8, 16), nn.GELU())
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        mixed, _ = self.attention(x, x, x, need_weights=False)
+        return self.mlp(x + mixed).mean(1)
+
+
+def test_what_the_device_does_not_have_is_decomposed(tmp_path):
+    torch.manual_seed(0)
+    net = edgekd.Network(Attending(), torch.zeros(1, 4, 8))
+    artifact = edgekd.export(net, target=NANO, out=tmp_path)
+    kinds = {node.op_type for node in onnx.load(artifact.path).graph.node}
+    assert kinds <= (operators(NANO)[1] or {}).keys()
+    assert "ReduceMean" in kinds  # of the LayerNormalization
+    data = [(torch.randn(16, 4, 8),)]
+    parity = edgekd.verify(artifact, net, data=data, agreement=1.0)
+    assert parity.gate == "passed"
+    assert parity.relative_error is not None and parity.relative_error <= 1e-5
+
+
+def test_what_has_no_older_form_is_named(tmp_path):
+    class Sampled(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return self.norm(x)
+            return nn.functional.grid_sample(x, x.permute(0, 2, 3, 1)[..., :2], align_corners=True)
 
-    net = edgekd.Network(Normed(), torch.zeros(1, 4, 8))
-    with pytest.raises(TargetError, match=r"jetson-nano takes opset 13; LayerNormalization of '"):
-        edgekd.export(net, target=NANO, out="unused-folder")
-    Path("unused-folder").rmdir()
+    net = edgekd.Network(Sampled(), torch.zeros(1, 3, 8, 8))
+    with pytest.raises(TargetError, match=r"jetson-nano takes opset 13; GridSample of '"):
+        edgekd.export(net, target=NANO, out=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -239,7 +264,7 @@ def test_the_nano_has_no_integers():
 )
 def test_flags_are_those_of_the_version(release, precision, wanted, absent):
     target = NANO.model_copy(update={"runtime_version": release})
-    flags = build_flags(ours(), target, precision)
+    flags = build_flags(SHAPES, target, precision)
     assert set(wanted) <= set(flags)
     assert not set(absent) & set(flags)
     assert "--shapes=input:1x3x32x32" in flags
@@ -258,7 +283,7 @@ def test_the_script_builds_with_the_devices_trtexec(tmp_path):
 
     assert build().returncode == 0
     called = (tmp_path / "called").read_text().split()
-    assert called == build_flags(ours(), NANO, "fp16")
+    assert called == build_flags(SHAPES, NANO, "fp16")
     artifact.path.write_bytes(artifact.path.read_bytes() + b" ")
     (tmp_path / "called").unlink()
     assert build().returncode != 0  # not the file that was checked

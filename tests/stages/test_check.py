@@ -297,6 +297,10 @@ def layer_norm(m: Maker, y: str) -> str:
     return m.op("LayerNormalization", y, m.const("g", np.ones(8, np.float32)), name="here")
 
 
+def einsum(m: Maker, y: str) -> str:
+    return m.op("Einsum", y, y, name="here", equation="BCHW,BCHW->BC")
+
+
 def custom(m: Maker, y: str) -> str:
     m.nodes.append(helper.make_node("Mine", [y], ["mine"], name="here", domain="my.own"))
     return "mine"
@@ -368,6 +372,7 @@ FAULTS: dict[str, tuple[str, str, Callable[[Path], Path]]] = {
     "Reciprocal on a Nano": (NANO, "operator", of_floats(plain("Reciprocal"))),
     "GridSample on a Nano": (NANO, "operator", of_floats(grid_sample, opset=16)),
     "HardSwish on an iPhone": (IPHONE, "operator", of_floats(plain("HardSwish"), opset=14)),
+    "an Einsum of capitals": (ORIN, "einsum", of_floats(einsum)),
     "somebody's own operator": (ORIN, "operator", of_floats(custom)),
     "somebody's own operator on a CPU": (HOST, "operator", of_floats(custom)),
     "somebody's own operator on OpenVINO": (INTEL, "operator", of_floats(custom)),

@@ -1,0 +1,190 @@
+"""adapt: anybody's ONNX file as a target runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from edgekd import __version__
+from edgekd.errors import ModelError, StateError, TargetError
+from edgekd.runtimes.base import Artifact, fingerprint
+from edgekd.runtimes.decompose import fold_constants
+from edgekd.runtimes.onnx_graph import fit_operators, save_onnx
+from edgekd.runtimes.openvino import write_ir
+from edgekd.runtimes.operators import check_operators
+from edgekd.runtimes.opset import EXPORTED
+from edgekd.runtimes.shapes import fix_shapes
+from edgekd.runtimes.tensorrt import write_script
+from edgekd.runtimes.weight_form import float_weights, integer_weights
+from edgekd.stages.check import read_onnx
+from edgekd.target import Precision, Target
+
+TOLERANCE = 1e-4  # of an output's largest magnitude; the rewrites are exact but for the last bits
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def adapt(
+    path: str | Path, *, target: str | Target, out: str | Path, shapes: Shapes | None = None
+) -> tuple[Artifact, float]:
+    """Write the ONNX file `path` as `target` runs it, into the folder `out`.
+
+    Its opset, operators, shapes and form of quantized weights become the target's; the result is
+    compared with the source in ONNX Runtime, unoptimized, on seeded noise. An OpenVINO IR is
+    converted from what was compared.
+
+    Args:
+        shapes: of inputs by name, to be fixed in the file.
+
+    Returns:
+        The artifact, and the largest difference of outputs over their largest magnitude.
+
+    Raises:
+        ModelError: the file is not valid ONNX, or a shape cannot be fixed.
+        TargetError: the target cannot run it, or it would compute something else.
+        StateError: `out` holds an artifact of another target or precision.
+    """
+    target, path = Target.load(target), Path(path)
+    if target.runtime not in ("onnxruntime", "openvino", "tensorrt"):
+        raise TargetError(
+            f"{target.name} takes no ONNX; its format is written from a network: edgekd export "
+            "FOLDER, as stages write it"
+        )
+    model = read_onnx(path)
+    source = ir.to_proto(model)
+    precision = _precision(model, target)
+    folder = Path(out)
+    if (folder / "artifact.json").exists():
+        there = Artifact.read(folder)
+        if (there.target, there.precision) != (target.name, precision):
+            raise StateError(
+                f"{folder} holds {there.target} {there.precision}; give each artifact a folder"
+            )
+    model = _of_exported_opset(model, target)
+    fixed = dict(shapes or {})
+    if target.shapes == "static":
+        fixed = {name: _one_sample(v, target) for name, v in _unknown(model, fixed)} | fixed
+    if fixed:
+        fix_shapes(model, fixed)
+    fold_constants(model)
+    if precision == "int8":
+        assert target.scheme is not None
+        (integer_weights if target.scheme.fold_weights else float_weights)(model)
+    fit_operators(model, target)
+    if target.runtime == "tensorrt":
+        check_operators(model, target)
+    digest, _ = fingerprint(path)
+    model.metadata_props.update(
+        {
+            "edgekd.version": __version__,
+            "edgekd.target": target.name,
+            "edgekd.source": f"{path.name} {digest}",
+        }
+    )
+    error = _difference(source, ir.to_proto(model), fixed)
+    if not error <= TOLERANCE:
+        raise TargetError(
+            f"{path} for {target.name} differs from the source by {error:.3g} of its outputs' "
+            f"largest; {TOLERANCE:g} is allowed"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    if target.runtime == "openvino":
+        place = folder / "model.xml"
+        versions = write_ir(model, place, half=precision == "fp16")
+    else:
+        place = folder / "model.onnx"
+        versions = save_onnx(model, place)
+    if target.runtime == "tensorrt":
+        known = {str(v.name): fixed.get(str(v.name)) or _one_sample(v, target)
+                 for v in model.graph.inputs}  # fmt: skip
+        write_script(place, target, precision, known)
+    return Artifact.of(place, target=target, precision=precision, versions=versions), error
+
+
+def _precision(model: ir.Model, target: Target) -> Precision:
+    """INT8 where the file has quantize operators, else what a float network becomes there."""
+    quantized = any(n.op_type in ("QuantizeLinear", "DequantizeLinear") for n in model.graph)
+    if quantized and target.scheme is None:
+        raise TargetError(f"{target.name} runs no integers{target.why_float}; give the float file")
+    precision = "int8" if quantized else target.float_precision
+    if precision is None:
+        raise TargetError(f"{target.name} runs integers only; give a file with Q/DQ operators")
+    return precision
+
+
+def _of_exported_opset(model: ir.Model, target: Target) -> ir.Model:
+    """The model at opset 18, which all rewrites are for, or newer if the target takes that."""
+    opset = model.opset_imports.get("", 1)
+    if EXPORTED <= opset <= target.opset:
+        return model
+    try:
+        raised = onnx.version_converter.convert_version(ir.to_proto(model), EXPORTED)
+    except Exception as error:  # the converter's own types share no base but this
+        raise TargetError(
+            f"the file has opset {opset}; onnx cannot convert it to {EXPORTED}: "
+            f"{str(error).strip().splitlines()[0]}; export it at opset {EXPORTED}"
+        ) from None
+    return ir.from_proto(onnx.shape_inference.infer_shapes(raised))
+
+
+def _unknown(model: ir.Model, fixed: Shapes) -> list[tuple[str, ir.Value]]:
+    """Inputs whose shape is neither given nor in the file."""
+    return [
+        (str(v.name), v) for v in model.graph.inputs
+        if v.name not in fixed and (v.shape is None or not v.shape.is_static())
+    ]  # fmt: skip
+
+
+def _one_sample(value: ir.Value, target: Target) -> tuple[int, ...]:
+    """The input's shape with batch 1."""
+    dims = [None] if value.shape is None else list(value.shape)
+    shape = [1 if i == 0 and not isinstance(d, int) else d for i, d in enumerate(dims)]
+    if value.shape is None or not all(isinstance(d, int) for d in shape):
+        raise TargetError(
+            f"{target.name} needs the shape of input {value.name!r}, which is {value.shape}: give "
+            f"--shape {value.name}=1x3x224x224"
+        )
+    return tuple(int(d) for d in shape if isinstance(d, int))
+
+
+def _difference(source: onnx.ModelProto, result: onnx.ModelProto, fixed: Shapes) -> float:
+    """Largest difference of outputs over their largest magnitude, on the same noise."""
+    wanted, got = (_outputs(model, fixed) for model in (source, result))
+    if [a.shape for a in wanted] != [b.shape for b in got]:
+        return float("inf")
+    return max(
+        float(
+            np.abs(a.astype(np.float64) - b).max(initial=0) / max(np.abs(a).max(initial=0), 1e-30)
+        )
+        for a, b in zip(wanted, got, strict=True)
+    )
+
+
+def _outputs(model: onnx.ModelProto, fixed: Shapes) -> list[NDArray[Any]]:
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 3
+    try:
+        session = ort.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:  # onnxruntime's own types share no base but this
+        raise ModelError(f"ONNX Runtime refuses the file: {error}") from None
+    generator = np.random.default_rng(0)
+    given = {}
+    for each in session.get_inputs():
+        dims = fixed.get(each.name) or [d if isinstance(d, int) else 1 for d in each.shape]
+        if each.type in ("tensor(float)", "tensor(float16)", "tensor(double)"):
+            types = {"tensor(float)": "f4", "tensor(float16)": "f2", "tensor(double)": "f8"}
+            given[each.name] = generator.normal(size=dims).astype(types[each.type])
+        else:
+            name = each.type.removeprefix("tensor(").removesuffix(")")
+            given[each.name] = generator.integers(0, 2, dims).astype(name)
+    found: list[NDArray[Any]] = session.run(None, given)
+    return found
