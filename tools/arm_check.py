@@ -1,7 +1,7 @@
 """Phone artifacts on real Arm kernels, by emulation: their numbers, never their time.
 
     sudo apt-get install qemu-user-static
-    .venv/bin/python tools/arm_check.py --photos photos.zip       # about a quarter of an hour
+    .venv/bin/python tools/arm_check.py --photos photos.zip       # a quarter of an hour of CPU time
 
 ONNX Runtime's own aarch64 wheel runs under qemu in an arm64 Python: the exported file with its
 optimizations (the kernels as they ship) and without, the bundle's other files, and its `infer.py
@@ -40,7 +40,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
-from edgekd.data.base import evaluation_batches
+from edgekd.data.base import Data, evaluation_batches
 from edgekd.errors import EdgekdError
 from edgekd.files import write_atomically
 from edgekd.latency.measuring import host_name, today
@@ -401,16 +401,18 @@ def main() -> None:
     facts = {
         "host": host_name(), "date": today(), "onnxruntime": ort.__version__,
         "qemu": _command("qemu-aarch64-static", "--version").splitlines()[0], "seed": 0,
-        "photos": options.photos is not None,
     }  # fmt: skip
     for name, net, data, images in cases(options.networks, options.photos):
         # one network for all of them: export refuses a target of another scheme
         quantized = quantize(net, target=options.targets[0], data=data, calibration=CALIBRATION)
-        found = check(options.root, options.targets, quantized, images[: IMAGES[name]])
         rows = [row for row in rows if row["network"] != name]
-        rows += [{"network": name, **row, **facts} for row in found]
-        write_atomically(options.out, json.dumps({"rows": rows}, indent=1))
-    Console(width=None if Console().is_terminal else 150).print(table(rows))
+        facts["images"] = (
+            data.name if isinstance(data, Data) else "photos" if options.photos else "noise"
+        )
+        for row in check(options.root, options.targets, quantized, images[: IMAGES[name]]):
+            rows.append({"network": name, **row, **facts})
+            write_atomically(options.out, json.dumps({"rows": rows}, indent=1))
+    Console(width=None if Console().is_terminal else 170).print(table(rows))
     if wrong := [f"{row['network']} on {row['core']}" for row in rows if not agrees(row)]:
         sys.exit(f"disagree: {', '.join(wrong)}")
 
