@@ -3,6 +3,8 @@
 The verbs take keywords only, never change what they are given, and read like the pipeline:
 
     distill → prune → quantize → export → verify → profile, or all of them: run
+
+`check` takes anybody's ONNX file.
 """
 
 __version__ = "0.1.0"
@@ -15,6 +17,7 @@ from edgekd.pipeline import run
 from edgekd.recipe import Recipe
 from edgekd.reporting.report import Report
 from edgekd.runtimes.base import Artifact
+from edgekd.stages.check import Check, check
 from edgekd.stages.distill import distill
 from edgekd.stages.export import export
 from edgekd.stages.profile import profile
@@ -27,6 +30,7 @@ from edgekd.tasks.base import Task, get_task
 __all__ = [
     "IO",
     "Artifact",
+    "Check",
     "Data",
     "EdgekdError",
     "Measurement",
@@ -38,6 +42,7 @@ __all__ = [
     "Report",
     "Target",
     "Task",
+    "check",
     "distill",
     "export",
     "get_task",

@@ -1,4 +1,5 @@
-"""The command line's questions: targets, a run's report, and what this machine has."""
+"""The command line's questions: targets, what one cannot hold of a file, a run's
+report, and what this machine has."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -15,6 +16,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from edgekd.errors import StateError
+
+if TYPE_CHECKING:
+    from edgekd.runtimes.rule import Finding
+    from edgekd.stages.check import Check
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 # package -> what it is for, and the extra that brings it; None: edgekd does not run without it
@@ -68,6 +73,57 @@ def targets(
                 t.name, t.title, f"{t.runtime} {t.runtime_version}", ", ".join(t.precisions), here
             )
     Console(width=None if Console().is_terminal else 140).print(table)
+
+
+def check(
+    file: Annotated[Path, typer.Argument(help="An ONNX file, whoever wrote it.")],
+    target: Annotated[
+        list[str], typer.Option(help="A target's name (edgekd targets); repeatable.")
+    ],
+    as_json: Json = False,
+) -> None:
+    """Say what a device cannot hold of an ONNX file: where, why, and what to do.
+
+    An error: it refuses the file, or computes something else. A warning: it runs, but not as it is
+    meant. Exits 1 on errors, 2 on bad input.
+
+    Example: edgekd check model.onnx --target jetson-orin-nano --target jetson-nano
+    """
+    from edgekd.stages.check import check as verb
+
+    checks = [verb(file, target=name) for name in target]
+    if as_json:
+        print(json.dumps([c.model_dump(mode="json") for c in checks], indent=1))
+    else:
+        for done in checks:
+            _print_check(done)
+    if not all(done.passed for done in checks):
+        raise typer.Exit(1)
+
+
+def _print_check(done: Check) -> None:
+    """One line for each rule and operator, with the first nodes."""
+    count = f"{sum(done.operators.values())} operators, opset {done.opset}"
+    console = Console(width=None if Console().is_terminal else 140)
+    if not done.findings:
+        console.print(f"{done.path}: {done.target} takes it ({count})", highlight=False,
+                      markup=False, soft_wrap=True)  # fmt: skip
+        return
+    groups: dict[tuple[str, ...], list[Finding]] = {}
+    for finding in sorted(done.findings, key=lambda f: f.severity):
+        groups.setdefault((finding.severity, finding.rule, finding.operator), []).append(finding)
+    table = Table(title=escape(f"{done.path} on {done.target}: {count}"))
+    for heading in ("", "rule", "where", "found", "limit", "remedy"):
+        table.add_column(heading, overflow="fold")
+    for (severity, rule, operator), found in groups.items():
+        names = ", ".join(f.node for f in found[:3])
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        first = found[0]
+        source = f" ({first.source})" if first.source else ""
+        where = f"{len(found)} {operator}: {names}{more}" if operator else "the file"
+        cells = (severity, rule, where, first.found, first.limit + source, first.remedy)
+        table.add_row(*map(escape, cells))
+    console.print(table)
 
 
 def report(
@@ -143,4 +199,4 @@ def _installed(name: str, purpose: str, extra: str | None) -> dict[str, Any]:
             "remedy": remedy}  # fmt: skip
 
 
-FACTS = (targets, report, doctor)
+FACTS = (targets, check, report, doctor)

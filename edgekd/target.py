@@ -106,6 +106,7 @@ class Target(_Frozen):
             compile without it ("SM86"); None: nothing does.
         device: what OpenVINO calls it ("CPU", "GPU", "NPU").
         providers: of ONNX Runtime, before the CPU's.
+        operators: table of operators other than the runtime's own ("coreml").
         layout: of the file's images.
         variants: further files of the same network in the bundle: ONNX Runtime's format ("ort"),
             and the file that takes integers ("integer_inputs").
@@ -129,6 +130,7 @@ class Target(_Frozen):
     compile_check: str | None = None
     device: Literal["CPU", "GPU", "NPU"] = "CPU"
     providers: tuple[str, ...] = ()
+    operators: str | None = None
     layout: Literal["NCHW", "NHWC"] = "NCHW"
     variants: tuple[Literal["ort", "integer_inputs"], ...] = ()
     snippets: tuple[Literal["Classifier.kt", "Classifier.swift"], ...] = ()

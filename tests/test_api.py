@@ -25,6 +25,7 @@ VERBS = {
     "distill": ["net"],
     "quantize": ["net"],
     "export": ["net"],
+    "check": ["path"],
     "verify": ["artifact", "net"],
     "profile": ["artifact"],
     "run": ["recipe"],
@@ -63,8 +64,8 @@ def test_all_public_names_are_there_after_importing_everything():
     for name in edgekd.__all__:
         assert not inspect.ismodule(getattr(edgekd, name)), name
     assert set(VERBS) <= set(edgekd.__all__)
-    assert {"Recipe", "Target", "Network", "Data", "Task", "Artifact", "Parity", "Measurement",
-            "Report", "QuantScheme", "IO"} <= set(edgekd.__all__)  # fmt: skip
+    assert {"Recipe", "Target", "Network", "Data", "Task", "Artifact", "Check", "Parity",
+            "Measurement", "Report", "QuantScheme", "IO"} <= set(edgekd.__all__)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", VERBS)

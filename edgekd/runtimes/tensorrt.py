@@ -14,10 +14,8 @@ import json
 import re
 import shlex
 from collections.abc import Iterable, Iterator
-from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +29,8 @@ from edgekd.files import write_atomically
 from edgekd.network import Network
 from edgekd.runtimes.base import CompileCheck, Session, fingerprint
 from edgekd.runtimes.onnx_graph import MATRIX_OPS, quantized_matrix_ops, save_onnx, to_onnx
+from edgekd.runtimes.operator_tables import release
+from edgekd.runtimes.rules import findings
 from edgekd.target import Precision, Target
 
 SCRIPT = """\
@@ -47,12 +47,6 @@ fi
 echo {sha256} ' model.onnx' | sha256sum -c -
 exec "$trtexec" {flags}
 """
-# what the parser's table calls the element types; it takes INT64 where it takes INT32
-TYPES = {
-    ir.DataType.FLOAT: {"FP32"}, ir.DataType.FLOAT16: {"FP16"}, ir.DataType.INT8: {"INT8"},
-    ir.DataType.INT32: {"INT32"}, ir.DataType.INT64: {"INT64", "INT32"},
-    ir.DataType.BOOL: {"BOOL"}, ir.DataType.UINT8: {"UINT8"},
-}  # fmt: skip
 
 
 class TensorRt:
@@ -102,65 +96,41 @@ class TensorRt:
 
 def build_flags(net: Network, target: Target, precision: Precision) -> list[str]:
     """trtexec's flags, which differ from version to version."""
-    release = _release(target.runtime_version)
+    running = release(target.runtime_version)
     shapes = ",".join(f"{i.name}:{'x'.join(map(str, (1, *i.shape)))}" for i in net.io.inputs)
     flags = ["--onnx=model.onnx", "--saveEngine=model.engine", f"--shapes={shapes}"]
-    if release < (11,):  # from 11 on, types are those of the ONNX
+    if running < (11,):  # from 11 on, types are those of the ONNX
         flags += {"fp32": [], "fp16": ["--fp16"], "int8": ["--int8", "--fp16"]}[precision]
     if target.memory_mib is not None:
         workspace = target.memory_mib // 4
         flags.append(
-            f"--memPoolSize=workspace:{workspace}" if release >= (8, 4)
+            f"--memPoolSize=workspace:{workspace}" if running >= (8, 4)
             else f"--workspace={workspace}"
         )  # fmt: skip
-    if release <= (8, 5):
+    if running <= (8, 5):
         flags.append("--buildOnly")
-    elif release >= (10, 3):
+    elif running >= (10, 3):
         flags.append("--skipInference")
     return flags
-
-
-def _release(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split("."))
 
 
 # ---- operators -----------------------------------------------------------------------------------
 
 
-@cache
-def _operators(runtime_version: str) -> tuple[str, dict[str, list[str]]]:
-    """(version, operator -> element types): the newest table that is not newer than the device."""
-    source = files("edgekd") / "runtimes" / "tensorrt_operators.json"
-    tables = json.loads(source.read_text())
-    del tables["source"]
-    known = [v for v in tables if _release(v) <= _release(runtime_version)]
-    newest = max(known, key=_release)
-    return newest, tables[newest]
-
-
 def check_operators(model: ir.Model, target: Target) -> None:
-    """Every operator and its element type must be in the parser's table.
+    """What `edgekd check` calls an error is not written either.
 
     Raises:
-        TargetError: what is not, with its nodes.
+        TargetError: what the device does not hold, with its nodes.
     """
-    table_version, table = _operators(target.runtime_version)
     refused: dict[str, list[str]] = {}
-    for node in model.graph:
-        types = table.get(node.op_type) if node.domain in ("", "ai.onnx") else None
-        if types is None:
-            refused.setdefault(node.op_type, []).append(str(node.name))
-            continue
-        value = node.inputs[0] if node.inputs else None
-        if value is None or value.dtype is None or node.op_type == "Cast":
-            continue
-        if not TYPES.get(value.dtype, set()) & set(types):
-            refused.setdefault(f"{node.op_type} of {value.dtype}", []).append(str(node.name))
+    for finding in findings(model, target):
+        if finding.severity == "error":
+            refused.setdefault(f"{finding.found}: {finding.limit}", []).append(finding.node)
     if refused:
-        found = "; ".join(f"{kind} ({', '.join(names[:3])})" for kind, names in refused.items())
+        found = "; ".join(f"{what} ({', '.join(names[:3])})" for what, names in refused.items())
         raise TargetError(
-            f"{target.name}: TensorRT {target.runtime_version} (operators of {table_version}) does "
-            f"not take {found}: use other layers, or a target with a newer TensorRT"
+            f"{target.name}: {found}: use other layers, or a target with a newer TensorRT"
         )
 
 
@@ -266,7 +236,7 @@ def _compile(trt: Any, path: Path, capability: str, precision: Precision) -> dic
 
     log = Log()
     builder = trt.Builder(log)
-    flags = 1 if real and _release(trt.__version__)[0] < 10 else 0  # 1: explicit batch
+    flags = 1 if real and release(trt.__version__)[0] < 10 else 0  # 1: explicit batch
     network = builder.create_network(flags)
     parser = trt.OnnxParser(network, log)
     if not parser.parse(path.read_bytes()):
@@ -275,7 +245,7 @@ def _compile(trt: Any, path: Path, capability: str, precision: Precision) -> dic
         return {"error": "; ".join(said)}
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    if real and precision != "fp32" and _release(trt.__version__)[0] < 11:
+    if real and precision != "fp32" and release(trt.__version__)[0] < 11:
         config.set_flag(trt.BuilderFlag.FP16)
         if precision == "int8":
             config.set_flag(trt.BuilderFlag.INT8)
