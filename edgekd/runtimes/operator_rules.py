@@ -149,10 +149,15 @@ def _absent(node: ir.Node, device: Device, limit: str, otherwise: str = "") -> F
 
 
 def _custom_operator(graph: Graph, device: Device) -> Iterator[Found]:
+    table = device.table
     for node in graph.nodes:
-        name = operator_name(node)
-        if _custom(node) and name not in device.table.operators:
-            yield _absent(node, device, f"{device.table.title} takes it from a plugin alone")
+        if not _custom(node) or operator_name(node) in table.operators:
+            continue
+        if table.by_name_alone and node.op_type in table.operators:
+            limit = f"{table.title} takes it for ONNX's own {node.op_type}"
+            yield Found(node, operator_name(node), limit, "warning")
+        else:
+            yield _absent(node, device, f"{table.title} takes it from a plugin alone")
 
 
 def _integer_operator(graph: Graph, device: Device) -> Iterator[Found]:

@@ -26,6 +26,7 @@ class OperatorTable(BaseModel):
         read_as: types that it takes as another.
         falls_back_to: the table of what computes the operators that are not in this one.
         other_format: operators that another format of the same runtime takes.
+        by_name_alone: whether it looks at an operator's name, and not at its domain.
         plugins: operators that only a plugin computes.
         constant_inputs: by index, those that must not be computed.
         spatial_axes: how many an operator's images may have.
@@ -45,6 +46,7 @@ class OperatorTable(BaseModel):
     read_as: dict[str, str] = {}
     falls_back_to: str | None = None
     other_format: dict[str, frozenset[str]] = {}
+    by_name_alone: bool = False
     plugins: frozenset[str] = frozenset()
     constant_inputs: dict[str, tuple[int, ...]] = {}
     spatial_axes: dict[str, tuple[int, ...]] = {}
