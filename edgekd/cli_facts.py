@@ -1,5 +1,4 @@
-"""The command line's questions: targets, what one cannot hold of a file, a run's
-report, and what this machine has."""
+"""The command line's questions: targets, a file for one of them, a run, and this machine."""
 
 from __future__ import annotations
 

@@ -304,8 +304,10 @@ def _bias_scale(graph: Graph, device: Device) -> Iterator[Found]:
             continue
         if x.scale.size == 1 and scale.size in (1, w.scale.size):
             with np.errstate(all="ignore"):  # a bad scale is another rule's
-                off = np.abs(scale / (x.scale * w.scale) - 1).max()
-            if 1e-3 < off < np.inf:
+                product = x.scale * w.scale
+                good = np.isfinite(product) & (product > 0)
+                off = np.abs(scale / np.where(good, product, scale) - 1).max()
+            if off > 1e-3:  # kernels take the product for granted
                 limit = f"{device.target.name} takes scale = input's · weight's for granted"
                 yield Found(node, f"the bias's scale is {off:.0%} off", limit, "error")
 

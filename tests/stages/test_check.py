@@ -315,6 +315,9 @@ FAULTS: dict[str, Fault] = {
         lambda: orin(o(scale=-0.05))),
     "scale of a channel infinite": Fault(ORIN, "scale", "error", "QuantizeLinear2",
         lambda: orin(w=o(scale=[np.inf, *[1] * 7]))),
+    "scale infinite": Fault(
+        HOST, "scale", "error", "QuantizeLinear0", lambda: host(x=o(scale=np.inf))
+    ),
     "scale that is computed": Fault(ORIN, "computed-scale", "error", "QuantizeLinear2",
         computed_scale),
     "int16 activations": Fault(HOST, "integer-width", "warning", "QuantizeLinear0",
