@@ -3,6 +3,8 @@
 The verbs take keywords only, never change what they are given, and read like the pipeline:
 
     distill → prune → quantize → export → verify → profile, or all of them: run
+
+`check` takes anybody's ONNX file.
 """
 
 __version__ = "0.1.0"

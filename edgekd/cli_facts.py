@@ -1,4 +1,4 @@
-"""The command line's questions: targets, a run's report, and what this machine has."""
+"""The command line's questions: targets, a file for one of them, a run, and this machine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -15,6 +15,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from edgekd.errors import StateError
+
+if TYPE_CHECKING:
+    from edgekd.runtimes.rule import Finding
+    from edgekd.stages.check import Check
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 # package -> what it is for, and the extra that brings it; None: edgekd does not run without it
@@ -74,41 +78,54 @@ def targets(
 
 
 def check(
-    file: Annotated[Path, typer.Argument(help="Anybody's ONNX file.")],
-    target: Annotated[list[str], typer.Option(help="A target's name; repeatable.")],
+    file: Annotated[Path, typer.Argument(help="An ONNX file, whoever wrote it.")],
+    target: Annotated[
+        list[str], typer.Option(help="A target's name (edgekd targets); repeatable.")
+    ],
     as_json: Json = False,
 ) -> None:
-    """What of an ONNX file a device cannot hold, node by node, why, and what to do.
+    """Say what a device cannot hold of an ONNX file: where, why, and what to do.
 
-    Exits 1 if the device would refuse it, or run it otherwise without a word.
+    An error: it refuses the file, or computes something else. A warning: it runs, but not as it is
+    meant. Exits 1 on errors, 2 on bad input.
 
-    Example: edgekd check model.onnx --target jetson-nano --target jetson-orin-nano
+    Example: edgekd check model.onnx --target jetson-orin-nano --target jetson-nano
     """
     from edgekd.stages.check import check as verb
 
     checks = [verb(file, target=name) for name in target]
     if as_json:
         print(json.dumps([c.model_dump(mode="json") for c in checks], indent=1))
-    for done in () if as_json else checks:
-        about = f"{done.path} on {done.target}: opset {done.opset}, {done.nodes} nodes"
-        if not done.findings:
-            print(f"{about}: nothing found")
-            continue
-        alike: dict[tuple[str, ...], list[str]] = {}
-        for f in done.findings:
-            key = (f.severity, f.rule, f.operator, f.found, f.limit, f.remedy, f.source)
-            alike.setdefault(key, []).append(f.node)
-        table = Table(title=about)
-        for heading in ("", "rule", "where", "found", "the device takes", "remedy"):
-            table.add_column(heading, overflow="fold")
-        for (severity, rule, operator, found, limit, remedy, source), nodes in alike.items():
-            more = f" and {len(nodes) - 3} more" if len(nodes) > 3 else ""
-            where = f"{operator} {', '.join(nodes[:3])}{more}".strip()
-            why = f"{limit} ({source})" if source else limit
-            table.add_row(*map(escape, (severity, rule, where, found, why, remedy)))
-        Console(width=None if Console().is_terminal else 160).print(table)
-    if any(done.errors for done in checks):
+    else:
+        for done in checks:
+            _print_check(done)
+    if not all(done.passed for done in checks):
         raise typer.Exit(1)
+
+
+def _print_check(done: Check) -> None:
+    """One line for each rule and operator, with the first nodes."""
+    count = f"{sum(done.operators.values())} operators, opset {done.opset}"
+    console = Console(width=None if Console().is_terminal else 140)
+    if not done.findings:
+        console.print(f"{done.path}: {done.target} takes it ({count})", highlight=False,
+                      markup=False, soft_wrap=True)  # fmt: skip
+        return
+    groups: dict[tuple[str, ...], list[Finding]] = {}
+    for finding in sorted(done.findings, key=lambda f: f.severity):
+        groups.setdefault((finding.severity, finding.rule, finding.operator), []).append(finding)
+    table = Table(title=escape(f"{done.path} on {done.target}: {count}"))
+    for heading in ("", "rule", "where", "found", "limit", "remedy"):
+        table.add_column(heading, overflow="fold")
+    for (severity, rule, operator), found in groups.items():
+        names = ", ".join(f.node for f in found[:3])
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        first = found[0]
+        source = f" ({first.source})" if first.source else ""
+        where = f"{len(found)} {operator}: {names}{more}" if operator else "the file"
+        cells = (severity, rule, where, first.found, first.limit + source, first.remedy)
+        table.add_row(*map(escape, cells))
+    console.print(table)
 
 
 def report(

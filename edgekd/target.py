@@ -106,13 +106,14 @@ class Target(_Frozen):
             compile without it ("SM86"); None: nothing does.
         device: what OpenVINO calls it ("CPU", "GPU", "NPU").
         providers: of ONNX Runtime, before the CPU's.
+        operators: table of operators other than the runtime's own ("coreml").
         layout: of the file's images.
         shapes: of the file: a batch of any size, or "static": batch 1, and every tensor's shape
             known, for devices that take no others or run them worse.
         variants: further files of the same network in the bundle: ONNX Runtime's format ("ort"),
-            and the file that takes integers ("integer_inputs").
+            the file that takes integers ("integer_inputs"), and the one that takes images of 0 to
+            255 as they are ("images").
         snippets: examples for apps in the bundle.
-        operators: table of operators other than the runtime's own ("coreml").
         memory_mib: of the device.
         peak: figures of the device by name and unit (fp16_gflops, memory_gb_s).
     """
@@ -132,11 +133,11 @@ class Target(_Frozen):
     compile_check: str | None = None
     device: Literal["CPU", "GPU", "NPU"] = "CPU"
     providers: tuple[str, ...] = ()
+    operators: str | None = None
     layout: Literal["NCHW", "NHWC"] = "NCHW"
     shapes: Literal["dynamic_batch", "static"] = "dynamic_batch"
-    variants: tuple[Literal["ort", "integer_inputs"], ...] = ()
+    variants: tuple[Literal["ort", "integer_inputs", "images"], ...] = ()
     snippets: tuple[Literal["Classifier.kt", "Classifier.swift", "LiteRtClassifier.kt"], ...] = ()
-    operators: Literal["coreml"] | None = None
     memory_mib: int | None = None
     peak: dict[str, float] = {}
     source: tuple[Source, ...] = ()

@@ -74,7 +74,7 @@ def write_bundle(
             "file": "check.npz",
             "tolerance": {name: _tolerance(y, precision) for name, y in outputs.items()},
         },
-        "variants": write_variants(path, target),
+        "variants": write_variants(path, target, net.io.preprocessing),
         "versions": versions,
     }
     write_atomically(path.with_name("manifest.json"), json.dumps(manifest, indent=1))

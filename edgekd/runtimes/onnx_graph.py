@@ -25,7 +25,7 @@ from edgekd.quantization.placement import quantized_activations
 from edgekd.runtimes.decompose import decompose, fold_constants
 from edgekd.runtimes.integer_ends import cut_ends
 from edgekd.runtimes.onnx_values import constant, new_constant, producer
-from edgekd.runtimes.operators import operators
+from edgekd.runtimes.operator_tables import operator_table
 from edgekd.runtimes.opset import EXPORTED, lower
 from edgekd.runtimes.shapes import fix_shapes
 from edgekd.target import Target
@@ -73,7 +73,7 @@ def fit_operators(model: ir.Model, target: Target) -> None:
     """
     if target.runtime == "tensorrt":
         fold_constants(model)
-        decompose(model, operators(target)[1] or ())
+        decompose(model, operator_table(target).operators)
     if target.opset < EXPORTED:
         lower(model, target.opset, target.name)
 

@@ -74,17 +74,6 @@ class OpenVino:
         return OpenVinoSession(path, threads)
 
 
-def conversion_error(path: Path) -> str | None:
-    """Why OpenVINO cannot convert an ONNX file; None if it can."""
-    openvino = _openvino()
-    try:
-        openvino.convert_model(path)
-    except Exception as error:  # OpenVINO's own types share no base but this
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        return next((x for x in lines if "not supported" in x.lower()), lines[-1] if lines else "")
-    return None
-
-
 def nncf_post_training(floats: Path, inputs: Sequence[NDArray[Any]], out: Path) -> Path:
     """NNCF's post-training quantization of a float IR, its defaults: the baseline beside ours.
 

@@ -30,7 +30,8 @@ from edgekd.runtimes.base import CompileCheck, Session, fingerprint
 from edgekd.runtimes.bundle import example_inputs
 from edgekd.runtimes.half import to_half
 from edgekd.runtimes.onnx_graph import MATRIX_OPS, quantized_matrix_ops, save_onnx, to_onnx
-from edgekd.runtimes.operators import check_operators, release
+from edgekd.runtimes.operator_tables import release
+from edgekd.runtimes.rules import check_operators
 from edgekd.target import Precision, Target
 
 SCRIPT = """\

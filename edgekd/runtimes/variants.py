@@ -1,4 +1,4 @@
-"""Further files of one ONNX artifact, for phones: ONNX Runtime's own format, integer inputs."""
+"""Further files of one ONNX artifact, for phones: ONNX Runtime's format, integers or bytes in."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ import onnx_ir as ir
 
 from edgekd.errors import ModelError
 from edgekd.files import write_atomically
+from edgekd.network import Preprocessing
 from edgekd.runtimes.integer_ends import KEY, cut_ends
+from edgekd.runtimes.preprocessing import fold_preprocessing
 from edgekd.target import Target
 
 # One reduced build that was published: a transformer's operators, arm64, not compressed. Nothing
@@ -26,13 +28,17 @@ REDUCED_BUILD = {
 }  # fmt: skip
 
 
-def write_variants(path: Path, target: Target) -> dict[str, dict[str, Any]]:
+def write_variants(
+    path: Path, target: Target, preprocessing: Preprocessing | None
+) -> dict[str, dict[str, Any]]:
     """Write what the target wants beside `path`; the manifest's facts of each file, by its name."""
     written: dict[str, dict[str, Any]] = {}
     if "ort" in target.variants:
         written |= _ort(path)
     if "integer_inputs" in target.variants:
         written |= _integer_inputs(path)
+    if "images" in target.variants and preprocessing is not None:
+        written |= _images(path, preprocessing)
     return {n: f | {"size_bytes": path.with_name(n).stat().st_size} for n, f in written.items()}
 
 
@@ -82,13 +88,27 @@ def _integer_inputs(path: Path) -> dict[str, dict[str, Any]]:
     except ModelError:  # a float artifact
         return {}
     place = path.with_suffix(".integer_inputs.onnx")
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        whole = Path(folder) / place.name
-        ir.save(model, whole)
-        whole.replace(place)
+    _save(model, place)
     return {
         place.name: {
             "what": "takes integers: real value = scale · (integer − zero_point)",
             "integers": json.loads(model.metadata_props[KEY]),
         }
     }
+
+
+def _images(path: Path, preprocessing: Preprocessing) -> dict[str, dict[str, Any]]:
+    """`model.images.onnx`: the file with the normalisation inside, for images of bytes."""
+    model = ir.load(path)
+    where = fold_preprocessing(model, preprocessing)
+    place = path.with_suffix(".images.onnx")
+    _save(model, place)
+    return {place.name: {"what": "takes uint8 images", "normalised": where}}
+
+
+def _save(model: ir.Model, path: Path) -> None:
+    """The file whole or not at all."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        whole = Path(folder) / path.name
+        ir.save(model, whole)
+        whole.replace(path)

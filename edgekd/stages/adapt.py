@@ -18,12 +18,11 @@ from edgekd.runtimes.base import Artifact, fingerprint
 from edgekd.runtimes.decompose import fold_constants
 from edgekd.runtimes.onnx_graph import fit_operators, save_onnx
 from edgekd.runtimes.openvino import write_ir
-from edgekd.runtimes.operators import check_operators
 from edgekd.runtimes.opset import EXPORTED
+from edgekd.runtimes.rules import check_operators
 from edgekd.runtimes.shapes import fix_shapes
 from edgekd.runtimes.tensorrt import write_script
 from edgekd.runtimes.weight_form import float_weights, integer_weights
-from edgekd.stages.check import read_onnx
 from edgekd.target import Precision, Target
 
 TOLERANCE = 1e-4  # of an output's largest magnitude; the rewrites are exact but for the last bits
@@ -56,7 +55,7 @@ def adapt(
             f"{target.name} takes no ONNX; its format is written from a network: edgekd export "
             "FOLDER, as stages write it"
         )
-    model = read_onnx(path)
+    model = _read(path)
     source = ir.to_proto(model)
     precision = _precision(model, target)
     folder = Path(out)
@@ -104,6 +103,19 @@ def adapt(
         left_open = {name: _one_sample(v, target) for name, v in _unknown(model, fixed)}
         write_script(place, target, precision, left_open)
     return Artifact.of(place, target=target, precision=precision, versions=versions), error
+
+
+def _read(path: Path) -> ir.Model:
+    """The file with the shapes and types of all its tensors."""
+    if not path.is_file():
+        raise ModelError(f"{path} does not exist")
+    try:
+        onnx.checker.check_model(str(path))  # by its path: weights in files of their own too
+        proto = onnx.load(path)
+    except Exception as error:  # protobuf's and onnx' own types share no base but this
+        said = str(error).strip().splitlines()
+        raise ModelError(f"{path} is no valid ONNX: {said[0] if said else error!r}") from None
+    return ir.from_proto(onnx.shape_inference.infer_shapes(proto))
 
 
 def _precision(model: ir.Model, target: Target) -> Precision:

@@ -249,6 +249,26 @@ def test_the_file_that_takes_integers_computes_the_same(phone: Artifact, batches
     np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.parametrize("precision", ["int8", "fp32"])
+def test_the_file_that_takes_images_computes_the_same(
+    precision: str, phone: Artifact, trained: Network, tmp_path: Path
+):
+    path = phone.path
+    if precision == "fp32":
+        path = export(trained, target="android-arm64", out=tmp_path).path
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 3, 16, 16), np.uint8)
+    x = ((pixels / 255 - 0.5) / 0.25).astype(np.float32)
+    session = ort.InferenceSession(str(path.with_name("model.images.onnx")))
+    assert session.get_inputs()[0].type == "tensor(uint8)"
+    (found,) = session.run(None, {"input": pixels})
+    (expected,) = ort.InferenceSession(str(path)).run(None, {"input": x})
+    step = np.abs(expected).max() / 127
+    if precision == "int8":
+        assert np.abs(found - expected).mean() <= 0.1 * step  # one byte may round otherwise
+    else:
+        np.testing.assert_allclose(found, expected, atol=1e-3 * step, rtol=1e-4)
+
+
 def test_a_float_artifact_takes_floats_in_all_its_forms(trained: Network, tmp_path: Path):
     export(trained, target="android-arm64", out=tmp_path)
     assert not (tmp_path / "model.integer_inputs.onnx").exists()
