@@ -149,6 +149,7 @@ def one(name: str, path: Path, again: list[str]) -> None:
             if file in done:
                 first, cells = done[file]
                 record["cells"][target.name] = {**cells, "as": first}
+                write_atomically(path, json.dumps(record, indent=1))
                 continue
             cells = {}
             timed = []
