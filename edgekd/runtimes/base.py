@@ -54,6 +54,21 @@ class Artifact(BaseModel):
         return artifact
 
     @staticmethod
+    def claim(folder: Path, target: Target, precision: Precision) -> None:
+        """Make the folder for an artifact.
+
+        Raises:
+            StateError: it holds one of another target or precision.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / "artifact.json").exists():
+            there = Artifact.read(folder)  # its file may be half of one, if an export was killed
+            if (there.target, there.precision) != (target.name, precision):
+                raise StateError(
+                    f"{folder} holds {there.target} {there.precision}; give each artifact a folder"
+                )
+
+    @staticmethod
     def load(folder: str | Path) -> Artifact:
         """The artifact in `folder`, its files checked against their hash.
 

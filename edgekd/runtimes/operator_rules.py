@@ -178,8 +178,8 @@ def _type(graph: Graph, device: Device) -> Iterator[Found]:
     table, opset = device.table, graph.opset or 1
     for node in graph.nodes:
         name = operator_name(node)
-        if name not in table.operators or node.op_type in QUANTIZERS:
-            continue
+        if name not in table.operators or node.op_type in (*QUANTIZERS, "Constant"):
+            continue  # what reads a constant is judged
         refused = {
             value.dtype.name: str(value.name)
             for value in _chosen_types(node, opset)

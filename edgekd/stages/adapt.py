@@ -13,7 +13,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from edgekd import __version__
-from edgekd.errors import ModelError, StateError, TargetError
+from edgekd.errors import ModelError, TargetError
 from edgekd.runtimes.base import Artifact, fingerprint
 from edgekd.runtimes.decompose import fold_constants
 from edgekd.runtimes.onnx_graph import fit_operators, save_onnx
@@ -59,12 +59,6 @@ def adapt(
     source = ir.to_proto(model)
     precision = _precision(model, target)
     folder = Path(out)
-    if (folder / "artifact.json").exists():
-        there = Artifact.read(folder)
-        if (there.target, there.precision) != (target.name, precision):
-            raise StateError(
-                f"{folder} holds {there.target} {there.precision}; give each artifact a folder"
-            )
     model = _of_exported_opset(model, target)
     fixed = dict(shapes or {})
     if target.shapes == "static":
@@ -92,7 +86,7 @@ def adapt(
             f"{path} for {target.name} differs from the source by {error:.3g} of its outputs' "
             f"largest; {TOLERANCE:g} is allowed"
         )
-    folder.mkdir(parents=True, exist_ok=True)
+    Artifact.claim(folder, target, precision)
     if target.runtime == "openvino":
         place = folder / "model.xml"
         versions = write_ir(model, place, half=precision == "fp16")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from edgekd.errors import StateError, TargetError
+from edgekd.errors import TargetError
 from edgekd.network import Network
 from edgekd.runtimes.base import Artifact, get_runtime
 from edgekd.runtimes.bundle import write_bundle
@@ -49,13 +49,7 @@ def export(
     if precision is None:
         raise TargetError(f"{target.name} runs integers only; quantize with target={target.name!r}")
     folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    if (folder / "artifact.json").exists():
-        there = Artifact.read(folder)  # its file may be half of one, if an export was killed
-        if (there.target, there.precision) != (target.name, precision):
-            raise StateError(
-                f"{folder} holds {there.target} {there.precision}; give each artifact a folder"
-            )
+    Artifact.claim(folder, target, precision)
     runtime = get_runtime(target.runtime)
     path = folder / f"model{runtime.suffix}"
     versions = runtime.export(net, target, path)
