@@ -11,11 +11,11 @@ import numpy as np
 from edgekd.errors import TargetError
 from edgekd.latency.measuring import (
     Measurement,
-    PeakMemory,
     host_name,
     time_in_turns,
     today,
 )
+from edgekd.latency.memory import memory_of
 from edgekd.runtimes.base import Arrays, Artifact, Session, fingerprint, get_runtime
 from edgekd.target import Target, host_instruction_set
 
@@ -64,17 +64,15 @@ def profile_together(
     paths = [a.path if isinstance(a, Artifact) else Path(a) for a in artifacts]
     hashes = [fingerprint(path)[0] for path in paths]
     calls: dict[str, Callable[[], object]] = {}
-    loads: dict[str, tuple[float, float | None, float | None]] = {}
-    for path in dict.fromkeys(paths):
-        with PeakMemory() as memory:
-            began = time.perf_counter()
-            session = runtime.load(path, threads=threads)
-            load_ms = (time.perf_counter() - began) * 1e3
-            memory.hold()
-            call = _call(session)
-            call()
-        calls[str(path)] = call
-        loads[str(path)] = load_ms, memory.held_mib, memory.mib
+    loads: dict[str, float] = {}
+    different = list(dict.fromkeys(paths))
+    for path in different:
+        began = time.perf_counter()
+        session = runtime.load(path, threads=threads)
+        loads[str(path)] = (time.perf_counter() - began) * 1e3
+        calls[str(path)] = one_run(session)
+        calls[str(path)]()
+    held = dict(zip(different, memory_of(runtime.name, different, threads=threads), strict=True))
     timings = time_in_turns(calls, runs=runs, threads=threads)
     return [
         Measurement(
@@ -82,9 +80,9 @@ def profile_together(
             target=target.name,
             sha256=digest,
             threads=threads,
-            load_ms=loads[str(path)][0],
-            load_memory_mib=loads[str(path)][1],
-            peak_memory_mib=loads[str(path)][2],
+            load_ms=loads[str(path)],
+            load_memory_mib=held[path][0],
+            peak_memory_mib=held[path][1],
             runtime=runtime.name,
             runtime_version=runtime.version(),
             host=host_name(),
@@ -96,7 +94,7 @@ def profile_together(
     ]
 
 
-def _call(session: Session) -> Callable[[], Arrays]:
+def one_run(session: Session) -> Callable[[], Arrays]:
     """One run of batch 1 on fixed random inputs."""
     random = np.random.default_rng(0)
     inputs: Arrays = [
