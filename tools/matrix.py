@@ -179,10 +179,9 @@ def one(name: str, path: Path, again: list[str]) -> None:
             if len(timed) == 2 and target.native_here:
                 measured = profile_together([a for _, a in timed], target=target, runs=100)
                 record["latency"][target.name] = {
-                    p: m.model_dump(include={"p50_ms", "clock", "runs", "load_memory_mib",
-                                             "peak_memory_mib"})
+                    p: m.model_dump(include={"p50_ms", "clock", "runs"})
                     for (p, _), m in zip(timed, measured, strict=True)
-                }  # fmt: skip
+                }
             done[file] = target.name, cells
             record["cells"][target.name] = cells
             write_atomically(path, json.dumps(record, indent=1))
@@ -230,18 +229,14 @@ def write_tables() -> None:
     lines += [", ".join(f"{n} {kind}" for kind, n in sorted(count.items())) + ".", ""]
     lines += ["## INT8 beside FP32 on this host", "",
               "p50 of batch 1, one thread, in turns.", "",
-              "| network | target | FP32 ms | INT8 ms | FP32 ÷ INT8 | MiB once loaded | host |",
-              "|---|---|---|---|---|---|---|"]  # fmt: skip
+              "| network | target | FP32 ms | INT8 ms | FP32 ÷ INT8 | host |",
+              "|---|---|---|---|---|---|"]  # fmt: skip
     for record in records:
         for target, by in record["latency"].items():
             fp32, int8 = by["fp32"], by["int8"]
-            memory = " ".join(
-                "" if m["load_memory_mib"] is None else f"{m['load_memory_mib']:.1f}"
-                for m in (fp32, int8)
-            )
             lines.append(
                 f"| {record['network']} | {target} | {fp32['p50_ms']:.3f} | {int8['p50_ms']:.3f} | "
-                f"{fp32['p50_ms'] / int8['p50_ms']:.2f} | {memory} | {record['host']} |"
+                f"{fp32['p50_ms'] / int8['p50_ms']:.2f} | {record['host']} |"
             )
     for record in records:
         lines += ["", f"## {record['network']}", "", f"{record['params'] / 1e6:.1f} M parameters, "
