@@ -249,7 +249,7 @@ def test_ctrl_c_exits_130(recipe, tmp_path):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate()
-    assert process.returncode == 130
+    assert process.returncode == 130, stderr
     assert "Traceback" not in stderr
     assert "interrupted; the same command goes on from here" in stderr
 
