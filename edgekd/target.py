@@ -35,6 +35,8 @@ class QuantScheme(_Frozen):
             that the Add is fused into ("skip").
         shared_scales: operators whose inputs and output have one scale, as integer-only runtimes
             want it; of poolings, those over windows, not those over whole maps.
+        fixed_scales: operators whose output has the one scale that the device's kernel takes:
+            of a sigmoid 1 / 256, from 0 on.
         outputs: whether the output of an integer operator is quantized too.
         integer_inputs, integer_outputs: whether the file takes and gives integers; their scales are
             in its metadata, see `integer_ends`.
@@ -52,6 +54,7 @@ class QuantScheme(_Frozen):
     fold_weights: bool = True
     add_inputs: Literal["both", "skip"]
     shared_scales: tuple[Literal["add", "concat", "pool"], ...] = ()
+    fixed_scales: tuple[Literal["sigmoid"], ...] = ()
     outputs: bool
     least_pooled_channels: int = 1
     integer_inputs: bool = False

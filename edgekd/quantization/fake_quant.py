@@ -118,6 +118,8 @@ class FakeQuant(FakeQuantizeBase):  # type: ignore[misc]  # torchao ships no typ
             scales are symmetric.
         max_value: largest real value the range may reach (6 behind a ReLU6, so that the clip
             vanishes into the quantizer).
+        fixed_scale: the scale, whatever is observed and learnt, from 0 on: where the device's
+            kernel takes no other.
     """
 
     def __init__(
@@ -129,6 +131,7 @@ class FakeQuant(FakeQuantizeBase):  # type: ignore[misc]  # torchao ships no typ
         channels: int | None = None,
         ch_axis: int = 0,
         max_value: float | None = None,
+        fixed_scale: float | None = None,
         **_: Any,  # torchao repeats the fields of its QuantizationSpec here
     ) -> None:
         nn.Module.__init__(self)  # not FakeQuantizeBase's: its switches would be saved as state
@@ -143,6 +146,7 @@ class FakeQuant(FakeQuantizeBase):  # type: ignore[misc]  # torchao ships no typ
         self.ch_axis = ch_axis
         self.qscheme = torch.per_tensor_affine if channels is None else torch.per_channel_symmetric
         self.max_value = max_value
+        self.fixed_scale = fixed_scale
         self.mode: Literal["range", "average", "sample", "error", "quantize"] = "quantize"
         shape = () if channels is None else (channels,)
         self.scale = nn.Parameter(torch.ones(shape))
@@ -258,6 +262,9 @@ class FakeQuant(FakeQuantizeBase):  # type: ignore[misc]  # torchao ships no typ
     def bound_scale(self) -> None:
         """Keep the scale positive, and the range inside what the fused clip allows."""
         self.scale.data.clamp_(min=MIN_SCALE)
+        if self.fixed_scale is not None:
+            self.scale.data.fill_(self.fixed_scale)
+            self.zero_point.fill_(self.low)
         if self.max_value is not None:
             # a little below: high · s must not exceed max_value after rounding
             largest = self.max_value * (1 - 2**-22) / (self.high - self.zero_point)

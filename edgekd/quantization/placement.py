@@ -274,9 +274,15 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no type
                     dtype=dtype,
                     symmetric=self.scheme.activation_symmetric,
                     max_value=None if bound is None or bound == float("inf") else bound,
+                    fixed_scale=self._fixed_scale(root),
                 ),
             )
         return self._specs[root]
+
+    def _fixed_scale(self, node: Node) -> float | None:
+        """LiteRT's 8-bit specification, LOGISTIC: the output's scale is 1 / 256."""
+        fixed = "sigmoid" in self.scheme.fixed_scales and node.target is aten.sigmoid.default
+        return 1 / 256 if fixed else None
 
     def _weight(self, model: GraphModule, node: Node) -> QuantizationSpec:
         weight = tensor_of(model, arguments(node)[1])
@@ -417,4 +423,6 @@ def digest(graph_module: GraphModule) -> str:
                 users = sorted(user.name for user in node.users)
                 rows.append([node.args[0].name, str(q.dtype), q.low, q.high, q.max_value,
                              list(q.scale.shape), q.ch_axis, users])  # fmt: skip
+                if q.fixed_scale is not None:
+                    rows[-1].append(q.fixed_scale)
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()

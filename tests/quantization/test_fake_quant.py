@@ -374,3 +374,19 @@ def test_to_unsigned_changes_nothing_but_the_integers():
     assert made.scale.item() == pytest.approx(float(scale))
     theirs = in_onnxruntime(x.numpy(), np.asarray(scale), np.asarray(zero + 128, np.uint8), 0)
     np.testing.assert_array_equal(before, theirs)
+
+
+def test_a_fixed_scale_is_neither_calibrated_nor_learnt():
+    quantizer = FakeQuant(dtype=torch.int8, symmetric=False, fixed_scale=1 / 256)
+    quantizer.mode = "range"
+    quantizer(torch.linspace(-3, 5, 100))
+    assert quantizer.start()
+    x = torch.linspace(0, 0.99, 64, requires_grad=True)
+    optimizer = torch.optim.SGD([quantizer.scale], lr=0.1)
+    for _ in range(3):
+        quantizer(x).square().sum().backward()
+        optimizer.step()
+    quantizer.bound_scale()
+    assert (quantizer.scale.item(), int(quantizer.zero_point)) == (1 / 256, -128)
+    expected = np.rint(x.detach().numpy() * 256).clip(0, 255) / 256
+    np.testing.assert_array_equal(quantizer(x).detach().numpy(), expected.astype(np.float32))

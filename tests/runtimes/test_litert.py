@@ -298,3 +298,35 @@ def test_one_training_serves_both_phone_formats():
     assert other.scheme is not None
     assert PHONE.scheme.fits(other.scheme)
     assert other.scheme.fits(PHONE.scheme)
+
+
+class Excited(nn.Module):
+    """Squeeze and excite (Hu et al. 2018, arXiv:1709.01507) with a sigmoid."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.gate = nn.Conv2d(3, 8, 3, 1, 1), nn.Conv2d(8, 8, 1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        gate = torch.sigmoid(self.gate(nn.functional.adaptive_avg_pool2d(x, 1)))
+        return self.head((x * gate).mean((2, 3)))
+
+
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_a_sigmoid_has_the_one_scale_that_its_kernel_takes(
+    epochs: int, batches: Batches, tmp_path: Path
+):
+    torch.manual_seed(0)
+    net = Network(Excited().eval(), torch.zeros(1, 3, 16, 16))
+    excited = quantize(
+        net, target=PHONE, data=batches[:2], teacher=net, epochs=epochs, accelerator="cpu"
+    )
+    assert isinstance(excited.module, GraphModule)
+    gate = quantizers(excited.module)["sigmoid"]
+    assert (gate.scale.item(), int(gate.zero_point)) == (1 / 256, -128)
+    if find_spec("litert_torch") is None:
+        pytest.skip("litert-torch: pip install 'edgekd[litert]'")
+    parity = verify(export(excited, target=PHONE, out=tmp_path), excited, data=batches[:1])
+    assert (parity.gate, parity.integer_share) == ("passed", 1.0)
