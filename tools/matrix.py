@@ -201,6 +201,8 @@ def shown(found: dict[str, Any]) -> str:
         said.append(f"{steps:.2f} steps")
     elif (relative := found.get("relative_error")) is not None:
         said.append(f"{relative:.0e}")
+    if (half := found.get("half_relative_error")) is not None:
+        said.append(f"in half precision {half:.0e}")
     if found["level"] in ("refused", "failed", "unchecked"):
         said = [found["level"] + ": " + "; ".join(found.get("reasons", []))[:160]]
     return ", ".join(said).replace("|", "/")
