@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import onnx
 import onnx_ir as ir
 
+from edgekd.runtimes.decompose import DEFINITIONS
 from edgekd.runtimes.operator_tables import read_table
 from edgekd.runtimes.rule import (
     QUANTIZERS,
@@ -145,6 +146,8 @@ def _absent(node: ir.Node, device: Device, limit: str, otherwise: str = "") -> F
     for form, operators in table.other_format.items():
         if name in operators:
             otherwise = f"use the provider's older format, {form}, or another layer"
+    if node.op_type in DEFINITIONS and device.target.runtime == "tensorrt":
+        otherwise = f"edgekd export FILE --target {device.target.name} writes it with older ones"
     return Found(node, name, limit, severity, otherwise)
 
 

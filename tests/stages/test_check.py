@@ -20,6 +20,7 @@ from edgekd.cli import main
 from edgekd.runtimes.operator_tables import read_table
 from edgekd.runtimes.rules import RULES
 from edgekd.runtimes.tensorrt import compile_check
+from edgekd.stages.adapt import adapt
 from edgekd.target import Target, target_names
 
 FLOAT, INT8, INT32 = TensorProto.FLOAT, TensorProto.INT8, TensorProto.INT32
@@ -888,3 +889,13 @@ def test_onnxruntimes_table_is_what_it_runs():
             )
             own = {node.op_type for node in model.graph.node if not node.domain}
             assert own <= table.operators.keys(), name
+
+
+def test_the_remedy_is_export_where_that_writes_the_operator_out(tmp_path):
+    path = written(one("LayerNormalization", ROW, constants=[np.ones(16, np.float32)], opset=17),
+                   tmp_path)  # fmt: skip
+    (found,) = edgekd.check(path, target=XAVIER).findings
+    assert f"edgekd export FILE --target {XAVIER}" in found.remedy
+    artifact, error = adapt(path, target=XAVIER, out=tmp_path / "out")
+    assert error <= 1e-5
+    assert edgekd.check(artifact.path, target=XAVIER).findings == ()
