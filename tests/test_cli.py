@@ -243,6 +243,8 @@ def test_ctrl_c_exits_130(recipe, tmp_path):
         [sys.executable, "-m", "edgekd", "run", recipe, "--out", tmp_path / "runs"],
         env=os.environ | {"PYTHONPATH": str(tmp_path)}, cwd=tmp_path, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        # tests that run behind a shell's & inherit an ignored SIGINT
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     while not ready.exists():
         assert process.poll() is None, process.communicate()[1]

@@ -214,15 +214,16 @@ def test_an_unknown_observer_is_refused(scheme: QuantScheme):
 
 
 def test_groups_of_a_transposed_convolution_share_scales_and_have_biases_of_their_own():
-    target = Target.load("jetson-orin-nano")
+    scheme = Target.load("jetson-orin-nano").scheme
+    assert scheme is not None
+    scheme = scheme.model_copy(update={"ops": (*scheme.ops, "conv_transpose")})
     torch.manual_seed(0)
     module = nn.Sequential(nn.Conv2d(2, 4, 1), nn.ConvTranspose2d(4, 6, 2, 2, groups=2)).eval()
     x = torch.randn(16, 2, 8, 8, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         module[1].weight[:, 1] *= 1e-9  # channels 1 and 4
         module[1].bias.copy_(torch.tensor([0.1, 2.0, -0.1, 0.2, -5.0, 0.3]))
-    assert target.scheme is not None
-    graph = place(capture(module, (x[:2],)), target.scheme)
+    graph = place(capture(module, (x[:2],)), scheme)
     calibrate(graph, [x], "minmax")
     settle(graph, integer_bias=True)
     placed = quantizers(graph)
