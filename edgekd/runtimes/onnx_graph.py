@@ -7,15 +7,17 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from string import ascii_lowercase
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxscript
 import torch
+from onnxscript.function_libs.torch_lib.ops.core import aten_as_strided
 from torch.fx import GraphModule
 
 from edgekd import __version__
@@ -86,7 +88,10 @@ def _exported(net: Network, opset: int, unsigned: bool, device: str) -> ir.Model
     program = net.program(unsigned=unsigned)
     try:
         with quiet("torch.onnx"):
-            exported = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False)
+            exported = torch.onnx.export(
+                program, dynamo=True, opset_version=opset, verbose=False,
+                custom_translation_table={torch.ops.aten.as_strided.default: _as_strided},
+            )  # fmt: skip
     except torch.onnx.OnnxExporterError as error:
         raise ModelError(f"{net!r} has no ONNX form: {error}") from error
     assert exported is not None
@@ -99,6 +104,15 @@ def _exported(net: Network, opset: int, unsigned: bool, device: str) -> ir.Model
         )
     net.onnx[opset, unsigned] = model
     return model
+
+
+def _as_strided(
+    x: ir.Value, size: Sequence[Any], stride: Sequence[Any], storage_offset: int | None = None
+) -> Any:
+    """Of a pooled map, what torch's decomposition of pooling adds for another memory layout."""
+    if len(size) == 4 and list(size[2:]) == [1, 1] and list(stride) == [size[1], 1, *size[1:2] * 2]:
+        return onnxscript.opset18.Identity(x)
+    return aten_as_strided(x, size, stride, storage_offset or 0)
 
 
 def save_onnx(model: ir.Model, path: Path) -> dict[str, str]:

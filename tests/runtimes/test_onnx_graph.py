@@ -17,6 +17,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
 
 import edgekd
 from edgekd.errors import ModelError, TargetError
@@ -432,3 +433,27 @@ def test_an_einsums_axes_get_small_letters_and_it_computes_the_same():
     session = ort.InferenceSession(ir.to_proto(model).SerializeToString())
     (found,) = session.run(None, {"x0": arrays[0], "x1": arrays[1]})
     np.testing.assert_allclose(found, np.einsum(equation, *arrays), rtol=1e-5, atol=1e-6)
+
+
+class PooledChannelsLast(nn.Module):
+    """The end of a Swin or ConvNeXt: pooled where another layer had its channels last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.pool, self.head = nn.LayerNorm(3), nn.AdaptiveAvgPool2d(1), nn.Linear(3, 4)
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = self.norm(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.head(self.pool(x).flatten(1))
+
+
+@pytest.mark.parametrize("target", ["host-onnxruntime", "intel-npu", "jetson-nano"])
+def test_pooling_of_another_memory_layout_is_a_pooling(target: str):
+    net = Network(PooledChannelsLast(), torch.zeros(1, 3, 8, 8))
+    model = ir.serde.serialize_model(to_onnx(net, Target.load(target)))
+    kinds = {node.op_type for node in model.graph.node}
+    assert "GlobalAveragePool" in kinds and not kinds & {"Gather", "Range", "Identity"}
+    x = torch.randn(2, 3, 8, 8)[: 1 if target == "intel-npu" else 2]
+    with torch.no_grad():
+        wanted = net(x).numpy()
+    np.testing.assert_allclose(run(model, x.numpy()), wanted, rtol=1e-4, atol=1e-5)
