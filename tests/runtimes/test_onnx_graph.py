@@ -62,7 +62,7 @@ def run(model: onnx.ModelProto, x: Array) -> Array:
     session = ort.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-    (y,) = session.run(None, {"x": x})
+    (y,) = session.run(None, {model.graph.input[0].name: x})
     assert isinstance(y, np.ndarray)
     return y
 
@@ -442,8 +442,8 @@ class PooledChannelsLast(nn.Module):
         super().__init__()
         self.norm, self.pool, self.head = nn.LayerNorm(3), nn.AdaptiveAvgPool2d(1), nn.Linear(3, 4)
 
-    def forward(self, input: Tensor) -> Tensor:
-        x = self.norm(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         return self.head(self.pool(x).flatten(1))
 
 
