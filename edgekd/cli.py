@@ -39,6 +39,17 @@ def run(
         list[str] | None,
         typer.Option(help="A target instead of the recipe's; repeatable."),
     ] = None,
+    latency: Annotated[
+        list[str] | None,
+        typer.Option(help="Choose the student under this budget: 5ms, or TARGET=5ms; repeatable."),
+    ] = None,
+    device: Annotated[
+        list[str] | None,
+        typer.Option(help="Measure a target over a link: TARGET=ssh://user@host; repeatable."),
+    ] = None,
+    require_measured: Annotated[
+        bool, typer.Option("--require-measured", help="A budget that is only estimated fails.")
+    ] = False,
     out: Annotated[Path, typer.Option(help="The folder of runs.")] = Path("runs"),
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Do every stage again, whatever is done already.")
@@ -47,14 +58,23 @@ def run(
     """Carry out a recipe, from data to checked artifacts and a report.
 
     Ended early (Ctrl-C, a kill, a power cut), the same command goes on where it was.
-    Exits 1 if a gate is not passed, 2 on bad input.
+    Exits 1 if a gate is not passed or a budget is missed, 2 on bad input.
+
+    With a budget, the student is the largest of its family that keeps to it: priced by the latency
+    model, built as it will ship and measured, before any training. A target that is neither this
+    host nor behind a --device is estimated, and its budget certified by nothing.
 
     Example: edgekd run fashion-mnist-quick --set quantize.epochs=2 --target host-onnxruntime
+
+    Example: edgekd run my.toml --target jetson-orin-nano --latency 5ms --device ssh://me@orin
     """
     from edgekd.pipeline import run as run_recipe
     from edgekd.recipe import Recipe
 
-    loaded = Recipe.load(recipe, changes=change or (), targets=target or ())
+    changes = [*(change or ()), *(["budget.require_measured=true"] if require_measured else ())]
+    loaded = Recipe.load(
+        recipe, changes=changes, targets=target or (), latency=latency or (), devices=device or ()
+    )
     report = run_recipe(loaded, out=out, fresh=fresh)
     report.print(Console(width=None if sys.stdout.isatty() else 140))
     if not report.passed:

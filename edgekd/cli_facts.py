@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from edgekd.errors import StateError
+from edgekd.errors import RecipeError, StateError
 
 if TYPE_CHECKING:
     from edgekd.runtimes.rule import Finding
@@ -128,6 +129,55 @@ def _print_check(done: Check) -> None:
     console.print(table)
 
 
+def students(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")],
+    target: Annotated[
+        list[str] | None, typer.Option(help="Instead of the recipe's targets; repeatable.")
+    ] = None,
+    change: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one value; repeatable."),
+    ] = None,
+    latency: Annotated[
+        list[str] | None,
+        typer.Option(help="Only members inside this budget: 5ms, or TARGET=5ms; repeatable."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """The students that a recipe allows, with their estimated latency; nothing is trained.
+
+    The largest first, by parameters and MACs: so would `edgekd run --latency` choose.
+
+    Example: edgekd students fashion-mnist --target intel-cpu --latency 0.2ms
+    """
+    from edgekd.choosing.students import priced_students
+    from edgekd.pipeline import new_network, task_and_data
+    from edgekd.recipe import Recipe
+    from edgekd.reporting.report import member_table
+    from edgekd.target import Target
+
+    loaded = Recipe.load(recipe, changes=change or (), targets=target or (), latency=latency or ())
+    _, data = task_and_data(loaded)
+    priced = priced_students(
+        loaded, [Target.load(name) for name in loaded.targets], data=data,
+        build=lambda section: new_network(section, data, loaded),
+    )  # fmt: skip
+    inside = [
+        each for each in priced
+        if all(p.estimate.p50_ms <= loaded.budget_ms.get(p.target, math.inf) for p in each.prices)
+    ]  # fmt: skip
+    if as_json:
+        print(json.dumps([each.model_dump(mode="json") for each in inside], indent=1))
+        return
+    if not inside:
+        raise RecipeError(f"none of {len(priced)} members is inside the budget")
+    count = f"{len(inside)} of {len(priced)} members" if loaded.budget else f"{len(priced)} members"
+    rows = [("", each) for each in inside]
+    Console(width=None if Console().is_terminal else 140).print(
+        member_table(f"{loaded.name}: {count}, estimated", rows)
+    )
+
+
 def report(
     run: Annotated[Path, typer.Argument(help="A run's folder (runs/NAME), or its report.json.")],
 ) -> None:
@@ -201,4 +251,4 @@ def _installed(name: str, purpose: str, extra: str | None) -> dict[str, Any]:
             "remedy": remedy}  # fmt: skip
 
 
-FACTS = (targets, check, report, doctor)
+FACTS = (targets, check, students, report, doctor)

@@ -158,6 +158,10 @@ def prune(
             options["hints"] = ()
     if any(goal is not None for goal in goals.values()):
         options |= goals
+    if options.get("ratio") == "auto":
+        raise RecipeError(
+            'prune.ratio = "auto" is chosen under a budget by edgekd run; here give --ratio'
+        )
     if round_to is not None:
         options["round_to"] = round_to
     net = _load(network, trust)

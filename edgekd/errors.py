@@ -73,7 +73,9 @@ def describe_invalid(error: ValidationError, model: type[BaseModel]) -> str:
     lines = []
     for item in error.errors(include_url=False):
         path = ".".join(str(part) for part in item["loc"])
-        if item["type"] == "extra_forbidden":
+        if not path:  # of the whole: what was given would be all of it
+            lines.append(item["msg"].removeprefix("Value error, "))
+        elif item["type"] == "extra_forbidden":
             known = _keys_at(model, item["loc"][:-1])
             lines.append(f"{path}: unknown key{nearest(str(item['loc'][-1]), known)}")
         else:

@@ -13,7 +13,6 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import math
 import os
 import platform
 import shutil
@@ -28,11 +27,14 @@ from torch import nn
 from torch.fx import GraphModule
 
 from edgekd import __version__
+from edgekd.choosing.choice import Choice
+from edgekd.choosing.students import choose_student, multiple, with_choice
 from edgekd.data.base import Data, evaluation_batches
 from edgekd.data.readers import read_data
 from edgekd.errors import MissingPackageError, RecipeError, StateError
 from edgekd.files import write_atomically
 from edgekd.latency.measuring import Measurement, host_name
+from edgekd.latency.model import LatencyModel
 from edgekd.models.build import build_module, load_weights, source_sha256, weights_sha256
 from edgekd.network import Network
 from edgekd.quantization.placement import describe, left_in_float
@@ -41,6 +43,7 @@ from edgekd.recipe import PruneSection, Recipe, StudentSection
 from edgekd.reporting.progress import console
 from edgekd.reporting.report import (
     ArtifactRow,
+    BudgetRow,
     ControlRow,
     DataRow,
     Latency,
@@ -62,7 +65,7 @@ from edgekd.tasks.base import Difference, Score, Task, get_task
 from edgekd.training import evaluate, fabric, gather, predict
 
 # raised when a stage's meaning changes, so that folders of older versions are not taken for it
-STAGE_VERSIONS = {"teacher": 1, "distill": 1, "prune": 1, "quantize": 1, "export": 2}
+STAGE_VERSIONS = {"choice": 1, "teacher": 1, "distill": 1, "prune": 1, "quantize": 1, "export": 2}
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,10 @@ def run(recipe: Recipe | str | Path, *, out: str | Path = "runs", fresh: bool = 
         raise RecipeError(
             "a recipe runs in one process; call edgekd.distill from your own script "
             "to train on several devices"
+        )
+    if what := recipe.needs_budget:
+        raise RecipeError(
+            f"{what} is chosen under a budget: give budget.latency_ms, or --latency 5ms"
         )
     targets = [Target.load(name) for name in recipe.targets]
     for target in targets:
@@ -150,6 +157,7 @@ class _Run:
 
     def report(self) -> Report:
         """Every stage in order, then the report."""
+        choice = self._chosen()
         teacher = self.teacher()
         distilled = student = self.student(teacher)
         stages = [self._row("student", student, "distilled from the teacher")]
@@ -182,6 +190,7 @@ class _Run:
             of_target, of_teacher = self.artifacts(target, nodes, teacher)
             rows += of_target
             latencies += of_teacher
+        budgets = [] if choice is None else self._budgets(choice, rows)
         teacher_row = TeacherRow(
             **self._row("teacher", teacher, self._teacher_note()).model_dump(),
             latency=tuple(latencies),
@@ -190,7 +199,7 @@ class _Run:
             name=self.recipe.name,
             note=self.recipe.note,
             metric_name=self.task.metric_name,
-            passed=all(row.gate == "passed" for row in rows),
+            passed=all(row.gate == "passed" for row in rows) and all(map(self._kept, budgets)),
             seed=self.recipe.seed,
             data=DataRow(
                 name=self.data.name,
@@ -202,6 +211,8 @@ class _Run:
             teacher=teacher_row,
             stages=tuple(stages),
             artifacts=tuple(rows),
+            budgets=tuple(budgets),
+            choice=choice,
             controls=tuple(controls),
             host=host_name(),
             versions=self.versions,
@@ -209,6 +220,37 @@ class _Run:
         )
         report.save()
         return report
+
+    def _chosen(self) -> Choice | None:
+        """Where the recipe has a budget: its student, which takes the place of the section."""
+        recipe = self.recipe
+        if recipe.budget is None:
+            return None
+        inputs = {
+            "student": recipe.student.model_dump(mode="json"),
+            "prune": None if recipe.prune is None else recipe.prune.model_dump(mode="json"),
+            "profile": recipe.profile.model_dump(),
+            "budget_ms": recipe.budget_ms,
+            "targets": [target.model_dump(mode="json") for target in self.targets],
+            "devices": recipe.devices,
+            "host": host_name(),
+            "image": self.data.image_shape,
+            "known": {name: LatencyModel.basis(name) for name in recipe.budget_ms},
+            "runtimes": {t.runtime: get_runtime(t.runtime).version() for t in self.targets},
+        }
+        folder = self._folder("choice", "choice", inputs)
+        place, kept = RunDir(folder), folder / "choice.json"
+        if place.done() is None:
+            self._say(folder)
+            choice = choose_student(
+                recipe, self.targets, data=self.data, build=self._network, folder=folder
+            )
+            folder.mkdir(exist_ok=True)
+            write_atomically(kept, choice.model_dump_json(indent=1))
+            place.finish({"member": choice.chosen.member.name})
+        choice = Choice.model_validate_json(kept.read_text())
+        self.recipe = with_choice(recipe, choice)
+        return choice
 
     # ---- networks ----------------------------------------------------------------------------
 
@@ -249,9 +291,7 @@ class _Run:
 
     def pruned(self, section: PruneSection, student: Node, teacher: Node) -> Node:
         """Narrowed to widths that all targets take, and retrained if `epochs`."""
-        multiples = [target.channel_multiple.value for target in self.targets]
-        options = section.model_dump()
-        options["round_to"] = section.round_to or math.lcm(*multiples)
+        options = section.model_dump() | {"round_to": multiple(self.recipe, self.targets)}
 
         def make(run: RunDir) -> Network:
             return prune(student.net, teacher=teacher.net, run=run, **self._learning, **options)
@@ -448,6 +488,30 @@ class _Run:
         for folder, measurement in zip(folders, measured, strict=True):
             write_atomically(folder / "measurement.json", measurement.model_dump_json(indent=1))
         return measured
+
+    # ---- the budget --------------------------------------------------------------------------
+
+    def _budgets(self, choice: Choice, rows: list[ArtifactRow]) -> list[BudgetRow]:
+        """What ships, against each budget."""
+        found = []
+        for price in choice.chosen.prices:
+            ships = next((r for r in rows if r.target == price.target and r.ships), None)
+            took = None if ships is None else ships.latency_p50_ms
+            budget = choice.budget_ms[price.target]
+            found.append(
+                BudgetRow(
+                    target=price.target, budget_ms=budget, estimate=price.estimate,
+                    measured_ms=took, within_budget=None if took is None else took <= budget,
+                )
+            )  # fmt: skip
+        return found
+
+    def _kept(self, budget: BudgetRow) -> bool:
+        """An estimate keeps a budget too, unless the recipe wants it measured."""
+        assert self.recipe.budget is not None
+        if budget.within_budget is None:
+            return not self.recipe.budget.require_measured
+        return budget.within_budget
 
     # ---- folders -----------------------------------------------------------------------------
 

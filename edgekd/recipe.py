@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -75,6 +76,19 @@ class StudentSection(_Section):
         return Build(model=self.model, kwargs=self.kwargs)
 
 
+class ChosenSection(StudentSection):
+    """The student, or what it is chosen among under a budget.
+
+    Attributes:
+        space: argument of `model` -> its values; members are all combinations. None: the family's
+            own, see `edgekd.models.build.SPACES`; of a model without one, `kwargs` alone.
+        models: further members, as they are.
+    """
+
+    space: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] | None = None
+    models: tuple[StudentSection, ...] = ()
+
+
 class TeacherSection(StudentSection, _Training):
     """The teacher: with `weights`, or `epochs` to train it here."""
 
@@ -88,9 +102,13 @@ class DistillSection(_Learning):
 
 
 class PruneSection(_Learning):
-    """Keywords of `edgekd.prune`; without `round_to`, what all of the targets take."""
+    """Keywords of `edgekd.prune`; without `round_to`, what all of the targets take.
 
-    ratio: float | None = None
+    Attributes:
+        ratio: or "auto": chosen together with the student, under a budget.
+    """
+
+    ratio: float | Literal["auto"] | None = None
     macs: int | float | None = None
     params: int | float | None = None
     round_to: Count | None = None
@@ -100,7 +118,8 @@ class PruneSection(_Learning):
 
     @model_validator(mode="after")
     def _one_goal(self) -> PruneSection:
-        check_goal(self.ratio, self.macs, self.params)
+        # what "auto" becomes is in range
+        check_goal(0.0 if self.ratio == "auto" else self.ratio, self.macs, self.params)
         return self
 
 
@@ -137,17 +156,36 @@ class ProfileSection(_Section):
     threads: Count = 1
 
 
+class BudgetSection(_Section):
+    """What the artifact may cost; the student is the largest that keeps to it.
+
+    Attributes:
+        latency_ms: p50 of batch 1, of each target, or by target's name.
+        require_measured: an estimate does not do: fail where the budget's target is not measured.
+    """
+
+    latency_ms: Positive | dict[str, Positive]
+    require_measured: bool = False
+
+
 class Recipe(_Section):
-    """What to do, from data to artifacts."""
+    """What to do, from data to artifacts.
+
+    Attributes:
+        targets: names; in a recipe's file also a table of them, with their devices.
+        devices: target -> the link that its artifacts are measured over.
+    """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     note: str = ""
     seed: Annotated[int, Field(ge=0)] = 0
     targets: Annotated[tuple[str, ...], Field(min_length=1)]
+    devices: dict[str, str] = {}
+    budget: BudgetSection | None = None
     task: TaskSection = TaskSection()
     data: DataSection
     teacher: TeacherSection | None = None
-    student: StudentSection
+    student: ChosenSection
     distill: DistillSection
     prune: PruneSection | None = None
     quantize: QuantizeSection = QuantizeSection()
@@ -160,9 +198,66 @@ class Recipe(_Section):
     def _once_each(cls, targets: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(dict.fromkeys(targets))
 
+    @model_validator(mode="before")
+    @classmethod
+    def _table_of_targets(cls, values: Any) -> Any:
+        """`targets.<name>.device = "ssh://user@host"` gives names and devices at once."""
+        if not isinstance(values, dict) or not isinstance(table := values.get("targets"), dict):
+            return values
+        devices = dict(values.get("devices", {}))
+        for name, section in table.items():
+            if not isinstance(section, dict) or section.keys() - {"device"}:
+                raise ValueError(f"targets.{name} is {section!r}; it takes one key: device")
+            if "device" in section:
+                devices.setdefault(name, section["device"])
+        return values | {"targets": tuple(table), "devices": devices}
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Recipe:
+        """What is named for a target names one of the recipe's; weights fit one student."""
+        if self.student.weights is not None and (self.student.space or self.student.models):
+            raise ValueError("student.weights fit one member; leave them, or the choice, out")
+        budget = {} if self.budget is None else self.budget.latency_ms
+        named: dict[str, Iterable[str]] = {
+            "devices": self.devices,
+            "budget.latency_ms": budget if isinstance(budget, dict) else {},
+        }
+        for key, names in named.items():
+            for name in names:
+                if name not in self.targets:
+                    raise ValueError(
+                        f"{key} names {name!r}, which is not one of the recipe's targets"
+                        f"{nearest(name, self.targets)}"
+                    )
+        return self
+
+    @property
+    def needs_budget(self) -> str | None:
+        """What is to be chosen where there is no budget to choose it under."""
+        if self.budget is not None:
+            return None
+        if self.prune is not None and self.prune.ratio == "auto":
+            return 'prune.ratio = "auto"'
+        return (
+            "student.space or student.models" if self.student.space or self.student.models else None
+        )
+
+    @property
+    def budget_ms(self) -> dict[str, float]:
+        """Target -> its budget; targets without one are absent."""
+        if self.budget is None:
+            return {}
+        given = self.budget.latency_ms
+        return given if isinstance(given, dict) else dict.fromkeys(self.targets, given)
+
     @staticmethod
     def load(
-        path: str | Path, *, changes: Iterable[str] = (), targets: Iterable[str] = ()
+        path: str | Path,
+        *,
+        changes: Iterable[str] = (),
+        targets: Iterable[str] = (),
+        latency: Iterable[str] = (),
+        devices: Iterable[str] = (),
     ) -> Recipe:
         """Read a recipe: a file, or the name of one that ships with edgekd.
 
@@ -170,6 +265,8 @@ class Recipe(_Section):
             path: `recipe.toml`, or a name as `edgekd init --list` prints it.
             changes: `section.key=value`, the value as in TOML; a bare word is a string.
             targets: take the place of the recipe's, if any.
+            latency: budgets: `5ms` for all targets, or `TARGET=5ms`; also `us` and `s`.
+            devices: `TARGET=LINK`, or a link where there is one target.
 
         Raises:
             RecipeError: no such file, not TOML, or keys and values that do not fit: each is named
@@ -183,7 +280,15 @@ class Recipe(_Section):
         for change in changes:
             _apply(values, change)
         if chosen := list(targets):
-            values["targets"] = chosen
+            _only(values, chosen)
+        known = list(values.get("targets", ()))
+        for name, text in by_target("--latency", latency, known):
+            budget = values.setdefault("budget", {}).setdefault("latency_ms", {})
+            if not isinstance(budget, dict):
+                budget = values["budget"]["latency_ms"] = dict.fromkeys(known, budget)
+            budget[name] = _milliseconds(text)
+        for name, link in by_target("--device", devices, known, one=True):
+            values.setdefault("devices", {})[name] = link
         try:
             recipe = Recipe(**values)
         except ValidationError as error:
@@ -226,6 +331,52 @@ def _apply(values: dict[str, Any], change: str) -> None:
             raise RecipeError(f"--set {change!r}: {part} is a value, not a section")
         values = inner
     values[parts[-1]] = value
+
+
+def by_target(
+    option: str, given: Iterable[str], targets: Sequence[str], *, one: bool = False
+) -> Iterator[tuple[str, str]]:
+    """(target, value) of each `TARGET=VALUE`; a bare value is every target's.
+
+    Args:
+        option: for messages.
+        one: a bare value is for a single target only.
+
+    Raises:
+        RecipeError: a name that is none of `targets`, or a bare value of several.
+    """
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals and one and len(targets) != 1:
+            raise RecipeError(
+                f"{option} {text}: there are {len(targets)} targets ({', '.join(targets)}); write "
+                f"{option} TARGET={text}"
+            )
+        if equals and name not in targets:
+            raise RecipeError(
+                f"{option} {text}: {name!r} is no target of it{nearest(name, targets)}"
+            )
+        for target in [name] if equals else targets:
+            yield target, value if equals else text
+
+
+def _milliseconds(text: str) -> float:
+    found = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*(us|µs|ms|s)", text.strip())
+    if found is None:
+        raise RecipeError(f"--latency {text}: write a time with its unit, such as 5ms or 800us")
+    return float(found[1]) * {"s": 1e3, "ms": 1.0}.get(found[2], 1e-3)
+
+
+def _only(values: dict[str, Any], chosen: list[str]) -> None:
+    """Put `chosen` in the place of the targets in `values`; what is said of others is left out."""
+    table, budget = values.get("targets"), values.get("budget")
+    if isinstance(table, dict):
+        values["targets"] = {name: table.get(name, {}) for name in chosen}
+    else:
+        values["targets"] = chosen
+    for section, key in ((values, "devices"), (budget, "latency_ms")):
+        if isinstance(section, dict) and isinstance(by_target := section.get(key), dict):
+            section[key] = {name: x for name, x in by_target.items() if name in chosen}
 
 
 def _relative_to(recipe: Recipe, folder: Path) -> Recipe:

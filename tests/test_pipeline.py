@@ -250,6 +250,110 @@ def stages(folder: Path) -> dict[str, int]:
     return {kind: kinds.count(kind) for kind in sorted(set(kinds))}
 
 
+# ---- a budget ----------------------------------------------------------------------------------
+
+SPACE = (
+    "student.space={scale=[0.5, 1.0, 2.0], depths=[1, 2]}", "distill.epochs=1",
+    "teacher.epochs=1", "quantize.epochs=0",
+)  # fmt: skip
+
+
+def budgeted(project: Path, latency: str, *changes: str, targets: tuple[str, ...] = ()) -> Recipe:
+    return Recipe.load(
+        project / "tiny.toml", changes=(*SPACE, *changes), targets=targets, latency=[latency]
+    )
+
+
+@pytest.fixture(scope="module")
+def under_budget(project, tmp_path_factory) -> tuple[Path, Report]:
+    """With a budget that the largest member keeps."""
+    folder = tmp_path_factory.mktemp("budget")
+    return folder, pipeline.run(budgeted(project, "1s"), out=folder)
+
+
+def test_the_student_is_chosen_measured_and_trained(under_budget):
+    _, report = under_budget
+    assert report.choice is not None
+    chosen = report.choice.chosen
+    assert chosen.member.section.kwargs["scale"] == 2.0
+    assert chosen.member.section.kwargs["depths"] == 2
+    assert report.choice.considered == 6
+    assert {p.member.name for p in report.choice.left_out} | {chosen.member.name} == {
+        f"edgekd/resnet scale={scale} depths={depths}"
+        for scale in (0.5, 1.0, 2.0) for depths in (1, 2)
+    }  # fmt: skip
+    student = next(stage for stage in report.stages if stage.name == "student")
+    assert (student.params, student.macs) == (chosen.member.params, chosen.member.macs)
+    (budget,) = report.budgets
+    ships = next(row for row in report.artifacts if row.ships)
+    assert (budget.target, budget.budget_ms) == ("host-onnxruntime", 1000.0)
+    assert budget.measured_ms == ships.latency_p50_ms
+    assert budget.within_budget is True
+    shown = io.StringIO()
+    report.print(Console(file=shown, width=200))
+    assert "chosen of 6 under host-onnxruntime 1000 ms" in shown.getvalue()
+    assert "budget 1000 ms" in shown.getvalue() and "kept" in shown.getvalue()
+    assert "chosen" in report.page_path.read_text()
+
+
+def test_a_choice_is_made_once(project, under_budget, monkeypatch):
+    folder, report = under_budget
+    before = snapshot(folder)
+    monkeypatch.setattr(pipeline, "choose_student", None)
+    again = pipeline.run(budgeted(project, "1s"), out=folder)
+    assert snapshot(folder) == before
+    assert again.choice == report.choice
+
+
+def test_a_broken_off_choice_goes_on_with_what_was_measured(project, tmp_path, monkeypatch):
+    from edgekd.choosing import students
+
+    asked = []
+
+    def profiled(artifacts: Any, **options: Any) -> Any:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(len(artifacts))
+        return [types.SimpleNamespace(p50_ms=900.0) for _ in artifacts]
+
+    monkeypatch.setattr(students, "profile_together", profiled)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(budgeted(project, "800ms"), out=tmp_path)
+    (kept,) = tmp_path.glob("tiny/choice-*/*.json")
+    assert json.loads(kept.read_text()) == {"host-onnxruntime": {"fp32": 900.0, "int8": 900.0}}
+    built = []
+    monkeypatch.setattr(students, "quantize", lambda *a, **k: built.append(1) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # the next member, not the first again
+        pipeline.run(budgeted(project, "800ms"), out=tmp_path)
+    assert built == [1]
+    assert list(tmp_path.glob("tiny/choice-*/*.json")) == [kept]
+
+
+def test_a_budget_out_of_reach_ends_before_any_training(project, tmp_path, calls):
+    with pytest.raises(RecipeError, match=r"0\.0001 on host-onnxruntime is out of reach"):
+        pipeline.run(budgeted(project, "0.1us"), out=tmp_path)
+    assert calls["distill"] == 0
+
+
+def test_what_is_not_measured_is_not_within_a_budget(project, tmp_path, calls):
+    """An estimate chooses; `require_measured` makes it fail."""
+    recipe = budgeted(project, "1s", targets=(EMULATED,))
+    report = pipeline.run(recipe, out=tmp_path)
+    (budget,) = report.budgets
+    assert (budget.measured_ms, budget.within_budget) == (None, None)
+    assert "edgekd profile --import measurement.json" in budget.summary
+    assert report.passed and report.choice is not None and report.choice.rounds == ()
+    strict = budgeted(
+        project, "1s", "budget.require_measured=true", targets=(EMULATED,)
+    )  # fmt: skip
+    assert not pipeline.run(strict, out=tmp_path).passed
+
+
+def test_a_choice_without_a_budget_is_refused(project, tmp_path):
+    with pytest.raises(RecipeError, match=r"student\.space or student\.models is chosen under"):
+        pipeline.run(load(project, *SPACE), out=tmp_path)
+
+
 # ---- the report --------------------------------------------------------------------------------
 
 

@@ -287,3 +287,71 @@ def test_the_teacher_may_be_left_out(file):
     start, end = TEXT.index("[teacher]"), TEXT.index("[student]")
     file.write_text(TEXT[:start] + TEXT[end:])
     assert Recipe.load(file).teacher is None
+
+
+# ---- budgets and devices -----------------------------------------------------------------------
+
+
+def test_budgets_and_devices_from_the_command_line(file):
+    recipe = Recipe.load(
+        file, targets=["intel-cpu", "jetson-nano"], latency=["5ms", "intel-cpu=800us"],
+        devices=["jetson-nano=ssh://me@nano"],
+    )  # fmt: skip
+    assert recipe.budget_ms == {"intel-cpu": 0.8, "jetson-nano": 5.0}
+    assert recipe.devices == {"jetson-nano": "ssh://me@nano"}
+    assert Recipe.load(file, latency=["0.25s"]).budget_ms == {"host-onnxruntime": 250.0}
+    alone = Recipe.load(file, devices=["ssh://me@here"])
+    assert alone.devices == {"host-onnxruntime": "ssh://me@here"}
+
+
+def test_a_table_of_targets_names_their_devices(file):
+    text = file.read_text().replace('targets = ["host-onnxruntime"]', "")
+    file.write_text(
+        text + '[targets.intel-cpu]\n[targets.jetson-nano]\ndevice = "ssh://me@nano"\n'
+        "[budget]\nlatency_ms = { jetson-nano = 20 }\n"
+    )
+    recipe = Recipe.load(file)
+    assert recipe.targets == ("intel-cpu", "jetson-nano")
+    assert recipe.devices == {"jetson-nano": "ssh://me@nano"}
+    assert recipe.budget_ms == {"jetson-nano": 20.0}
+    # what is said of a target that is not asked for is left out
+    narrowed = Recipe.load(file, targets=["intel-cpu"])
+    assert (narrowed.targets, narrowed.devices, narrowed.budget_ms) == (("intel-cpu",), {}, {})
+    kept = Recipe.load(file, targets=["jetson-nano"], latency=["9ms"])
+    assert (kept.devices, kept.budget_ms) == (recipe.devices, {"jetson-nano": 9.0})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"latency": ["5"]}, "--latency 5: write a time with its unit, such as 5ms or 800us"),
+        ({"latency": ["-5ms"]}, "write a time with its unit"),
+        ({"latency": ["0ms"]}, r"budget\.latency_ms.*greater than 0"),
+        ({"latency": ["intel=5ms"]}, "'intel' is no target of it"),
+        ({"devices": ["ssh://a"], "targets": ["intel-cpu", "jetson-nano"]},
+         "there are 2 targets .*write --device TARGET=ssh://a"),
+        ({"changes": ["devices={x='ssh://a'}"]}, "devices names 'x', which is not one of"),
+        ({"changes": ["budget.latency_ms={x=5}"]}, r"budget\.latency_ms names 'x', which is not"),
+        ({"changes": ["targets={intel-cpu={link='x'}}"]}, "it takes one key: device"),
+        ({"changes": ["student.weights=a.pt", "student.space={scale=[1,2]}"]},
+         r"student\.weights fit one member"),
+        ({"changes": ["student.space={scale=[]}"]}, r"student\.space\.scale"),
+        ({"changes": ["prune.ratio=much"]}, r"prune\.ratio"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused(file, options, message):
+    with pytest.raises(RecipeError, match=message):
+        Recipe.load(file, **options)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ("prune.ratio=auto", 'prune.ratio = "auto"'),
+        ("student.space={scale=[1,2]}", "student.space or student.models"),
+        ("student.models=[{model='torchvision/resnet18'}]", "student.space or student.models"),
+    ],
+)
+def test_a_choice_needs_a_budget(file, change, what):
+    assert changed(file, change).needs_budget == what
+    assert Recipe.load(file, changes=[change], latency=["5ms"]).needs_budget is None

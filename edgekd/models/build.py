@@ -15,9 +15,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from edgekd.errors import MissingPackageError, ModelError, nearest
-from edgekd.models.resnet import resnet
+from edgekd.models.resnet import resnet, resnet_space
 
 FAMILIES = {"edgekd/resnet": resnet}
+# (a recipe's kwargs, side of the data's images) -> values of arguments to choose a student among
+SPACES = {"edgekd/resnet": resnet_space}
 # arguments that fetch weights: never repeated when a saved network is rebuilt
 FETCHES = {"weights", "weights_backbone", "pretrained"}
 

@@ -8,8 +8,10 @@ linear) run in integers on every target.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 
 class BasicBlock(nn.Module):
@@ -40,9 +42,15 @@ class ResNet(nn.Module):
     """See `resnet`."""
 
     def __init__(
-        self, widths: Sequence[int], depths: Sequence[int], in_channels: int, num_classes: int
+        self,
+        widths: Sequence[int],
+        depths: Sequence[int],
+        in_channels: int,
+        num_classes: int,
+        resolution: int | None,
     ) -> None:
         super().__init__()
+        self.resolution = resolution
         self.stem = nn.Sequential(
             nn.Conv2d(in_channels, widths[0], 3, 1, 1, bias=False),
             nn.BatchNorm2d(widths[0]),
@@ -62,6 +70,8 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) -> (N, K) scores."""
+        if self.resolution is not None:
+            x = interpolate(x, (self.resolution, self.resolution), mode="bilinear")
         out: Tensor = self.head(self.flatten(self.pool(self.stages(self.stem(x)))))
         return out
 
@@ -73,6 +83,7 @@ def resnet(
     widths: Sequence[int] = (16, 32, 64),
     depths: Sequence[int] | int = 1,
     scale: float = 1.0,
+    resolution: int | None = None,
     round_to: int = 8,
 ) -> ResNet:
     """A residual network of the family.
@@ -83,10 +94,31 @@ def resnet(
         widths: channels of each stage, before scaling.
         depths: blocks of each stage, or one number for all.
         scale: multiplies every width (0.5 gives about a quarter of the parameters).
+        resolution: pixels of a side that images are resized to, bilinearly, before all else; None
+            takes them as they come.
         round_to: widths are rounded to a multiple of this, and are never less.
     """
     scaled = [max(round_to, round(w * scale / round_to) * round_to) for w in widths]
     counts = [depths] * len(scaled) if isinstance(depths, int) else list(depths)
     if not scaled or len(counts) != len(scaled) or min([*counts, num_classes, in_channels]) < 1:
         raise TypeError(f"widths {tuple(widths)} and depths {depths} must be as many, all >= 1")
-    return ResNet(scaled, counts, in_channels, num_classes)
+    if resolution is not None and resolution < 1:
+        raise TypeError(f"resolution is {resolution}; give 1 pixel or more, or leave it out")
+    return ResNet(scaled, counts, in_channels, num_classes, resolution)
+
+
+def resnet_space(kwargs: dict[str, Any], side: int) -> dict[str, list[Any]]:
+    """Values of the family's arguments to choose among: depth, width and resolution.
+
+    Args:
+        kwargs: what the recipe gives; its widths, and fewer of them, are the stages.
+        side: pixels of the data's images.
+    """
+    widths = list(kwargs.get("widths", (16, 32, 64)))
+    return {
+        # one stage alone sees a few pixels at a time
+        "widths": [widths[:count] for count in range(min(2, len(widths)), len(widths) + 1)],
+        "depths": [1, 2, 3],
+        "scale": [0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0],
+        "resolution": [None, *(round(side * share) for share in (0.75, 0.5))],
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,14 +11,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from edgekd.choosing.choice import Choice, Priced
 from edgekd.files import write_atomically
 from edgekd.latency.measuring import Measurement
+from edgekd.latency.model import Estimate
 from edgekd.quantization.sensitivity import Sensitivity
 from edgekd.runtimes.base import CompileCheck
 from edgekd.runtimes.local_parity import LocalParity
 from edgekd.stages.verify import Gate
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 Interval = tuple[float, float]
 
 
@@ -94,6 +97,34 @@ class ArtifactRow(_Row):
     why: str
 
 
+class BudgetRow(_Row):
+    """A target's latency budget, and what ships there against it.
+
+    Attributes:
+        estimate: by which the student was chosen, as measured candidates had corrected it.
+        within_budget: None where nothing was measured: an estimate certifies no budget.
+    """
+
+    target: str
+    budget_ms: float
+    estimate: Estimate
+    measured_ms: float | None
+    within_budget: bool | None
+
+    @property
+    def summary(self) -> str:
+        """In one sentence."""
+        said = f"budget {self.budget_ms:g} ms, {self.estimate}"
+        if self.measured_ms is None:
+            return (
+                f"{said}, not measured: run `python measure.py` from the bundle on the device, "
+                "then `edgekd profile --import measurement.json`"
+            )
+        kept = "kept" if self.within_budget else "MISSED"
+        share = self.measured_ms / self.budget_ms
+        return f"{said}, measured {self.measured_ms:.3g} ms: {kept}, {share:.0%} of it"
+
+
 @dataclass(frozen=True)
 class Answer:
     """What one target gets: nothing, or an artifact beside the teacher.
@@ -132,6 +163,8 @@ class Report(_Row):
     teacher: TeacherRow
     stages: tuple[StageRow, ...]
     artifacts: tuple[ArtifactRow, ...]
+    budgets: tuple[BudgetRow, ...] = ()
+    choice: Choice | None = None
     controls: tuple[ControlRow, ...]
     host: str
     versions: dict[str, str]
@@ -183,6 +216,8 @@ class Report(_Row):
         for stage in self.stages:
             if stage.sensitivity is not None:
                 console.print(f"{stage.name}: {escape(stage.sensitivity.summary)}")
+        if self.choice is not None:
+            console.print(self._choice_table(self.choice))
         if self.controls:
             console.print(self._control_table())
         console.print(self._artifact_table())
@@ -202,6 +237,8 @@ class Report(_Row):
                 )
             for reason in row.reasons:
                 console.print(f"{row.target} {row.precision} [bold]{row.gate}[/]: {escape(reason)}")
+        for budget in self.budgets:
+            console.print(f"{budget.target}: {escape(budget.summary)}")
         console.print(f"{'all gates passed' if self.passed else 'NOT all gates passed'}")
         console.print(f"report: {escape(str(self.page_path))}", soft_wrap=True)
 
@@ -219,6 +256,11 @@ class Report(_Row):
                 f"{row.macs / 1e6:.2f} M", escape(row.note),
             )  # fmt: skip
         return table
+
+    def _choice_table(self, choice: Choice) -> Table:
+        budgets = ", ".join(f"{target} {ms:g} ms" for target, ms in choice.budget_ms.items())
+        how = f"student, chosen of {choice.considered} under {budgets}"
+        return member_table(how, choice.rows)
 
     def _control_table(self) -> Table:
         table = Table(title="controls: the same student without one thing")
@@ -263,6 +305,22 @@ class Report(_Row):
                 f"{'s' if measured.threads > 1 else ''})",
             )  # fmt: skip
         return table
+
+
+def member_table(title: str, rows: Iterable[tuple[str, Priced]]) -> Table:
+    """Members of a student's family with what they cost on each target."""
+    table, rows = Table(title=escape(title)), list(rows)
+    for heading in ("", "member", "parameters", "MACs"):
+        table.add_column(heading, justify="left" if heading in ("", "member") else "right")
+    for price in rows[0][1].prices:
+        table.add_column(escape(price.target), justify="right")
+    for note, priced in rows:
+        member = priced.member
+        table.add_row(
+            note, escape(member.title), f"{member.params:,}", f"{member.macs / 1e6:.2f} M",
+            *(f"{p.precision} {p.said}" for p in priced.prices),
+        )  # fmt: skip
+    return table
 
 
 ARTIFACT_COLUMNS = (

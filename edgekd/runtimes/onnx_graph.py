@@ -107,10 +107,10 @@ def _exported(net: Network, opset: int, unsigned: bool, device: str) -> ir.Model
 
 
 def _as_strided(
-    x: ir.Value, size: Sequence[Any], stride: Sequence[Any], storage_offset: int | None = None
+    x: Any, size: Sequence[Any], stride: Sequence[Any], storage_offset: int | None = None
 ) -> Any:
     """Of a pooled map, what torch's decomposition of pooling adds for another memory layout."""
-    if len(size) == 4 and list(size[2:]) == [1, 1] and list(stride) == [size[1], 1, *size[1:2] * 2]:
+    if len(size) == 4 and list(size[2:]) == [1, 1] and list(stride[1:]) == [1, size[1], size[1]]:
         return onnxscript.opset18.Identity(x)
     return aten_as_strided(x, size, stride, storage_offset or 0)
 

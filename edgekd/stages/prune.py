@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -84,7 +84,6 @@ def prune(
         >>> edgekd.prune(net, ratio=0.5, round_to=8).resized
         {'0': {'out_channels': 16}, '1': {'in_channels': 16}}
     """
-    check_goal(ratio, macs, params)
     if net.scheme is not None:
         raise ModelError("prune takes a float network; this one is quantized: prune it before")
     if epochs and (task is None or data is None):
@@ -94,11 +93,9 @@ def prune(
         round_to = given or DEFAULT_MULTIPLE
     elif round_to < 1:
         raise RecipeError(f"prune: round_to is {round_to}; give 1 or more")
-    groups = _groups(net, ignore)
-    if ratio is None:
-        ratio = _ratio_for(net, groups, {"macs": macs, "params": params}, round_to)
+    goals = {"ratio": ratio, "macs": macs, "params": params}
+    groups, ratio, kept = _plan(net, goals, round_to, ignore)
     _name_whole(groups, ratio, round_to)
-    kept = kept_channels(net.module, groups, ratio, round_to)
     if ratio and not kept:
         raise ModelError(
             f"prune: a ratio of {ratio:g} in multiples of {round_to} removes nothing from "
@@ -118,6 +115,29 @@ def prune(
             weight_decay=weight_decay, seed=seed, accelerator=accelerator, run=run,
         )  # fmt: skip
     return pruned
+
+
+def narrowed(
+    net: Network, goals: Mapping[str, float | None], *, round_to: int, ignore: Iterable[str] = ()
+) -> Network:
+    """What `prune` would leave of `net`: to price it, so unchecked and without a word.
+
+    Args:
+        goals: `ratio`, `macs` and `params`; one of them is not None.
+    """
+    return _narrowed(net, _plan(net, goals, round_to, ignore)[2])
+
+
+def _plan(
+    net: Network, goals: Mapping[str, float | None], round_to: int, ignore: Iterable[str]
+) -> tuple[list[Group], float, Kept]:
+    """(groups of channels, share of each to remove, what stays)."""
+    check_goal(**goals)
+    groups = _groups(net, ignore)
+    ratio = goals["ratio"]
+    if ratio is None:
+        ratio = _ratio_for(net, groups, goals, round_to)
+    return groups, ratio, kept_channels(net.module, groups, ratio, round_to)
 
 
 def check_goal(ratio: float | None, macs: float | None, params: float | None) -> None:
@@ -169,7 +189,7 @@ def _narrowed(net: Network, kept: Kept) -> Network:
 
 
 def _ratio_for(
-    net: Network, groups: list[Group], goals: dict[str, float | None], round_to: int
+    net: Network, groups: list[Group], goals: Mapping[str, float | None], round_to: int
 ) -> float:
     """The smallest ratio whose network meets the goal.
 
