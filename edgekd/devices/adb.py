@@ -89,7 +89,7 @@ class AdbDevice:
     ) -> Ran:
         """Run a script there, and find its exit code in what it prints last."""
         argv = ["env", "LC_ALL=C", "sh", "-c", script, "sh", *arguments]
-        line = f"cd {FOLDER} && {shlex.join(argv)}; echo; echo {ENDED}$?"
+        line = f"cd {FOLDER} && {shlex.join(argv)}; printf '\\n{ENDED}%d\\n' $?"
         done = self._adb(["shell", line], given, timeout)
         said, ended, code = scripts.text(done.stdout).rpartition(f"\n{ENDED}")
         if not ended:
