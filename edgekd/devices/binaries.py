@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from xml.etree import ElementTree
 
 from edgekd.devices.base import Device, DeviceFacts
 from edgekd.devices.build import BUILD_SECONDS
@@ -33,7 +34,7 @@ from edgekd.runtimes.on_device.measure import (
 )
 
 CALLS = 10  # of one file, where a call gives one sample
-ROUNDS = 3  # of files in turns, where a call gives every run
+ROUNDS = 3  # of several files in turns, where a call gives every run
 CALL_SECONDS = 600.0
 # names of a program -> where it is
 FIND = """
@@ -54,12 +55,12 @@ ORT_PROFILE = "cat edgekd_profile*.json && rm -f edgekd_profile*.json"
 
 
 class There(NamedTuple):
-    """One file on the device, and how its binary is called there."""
+    """One file of this machine's on the device, and how its binary is called there."""
 
     link: Device
     program: str
     folder: str
-    name: str
+    path: Path
     threads: int
 
     def call(self, *arguments: str) -> str:
@@ -90,19 +91,21 @@ class Timed(NamedTuple):
 
 
 def _litert(there: There, runs: int) -> Timed:
-    said = there.call(*benchmark_model(there.name, there.threads, runs, layers=False))
+    said = there.call(*benchmark_model(there.path.name, there.threads, runs, layers=False))
     timings = layers.litert_timings(said)
     return Timed(said, [timings.avg_ms if timings.median_ms is None else timings.median_ms])
 
 
 def _litert_layers(there: There) -> dict[str, Any]:
-    said = there.call(*benchmark_model(there.name, there.threads, LAYER_RUNS, layers=True))
+    said = there.call(*benchmark_model(there.path.name, there.threads, LAYER_RUNS, layers=True))
     return {"format": "litert", "text": said}
 
 
 def _onnxruntime(there: There, runs: int, *profile: str) -> Timed:
     options = ["-e", "cpu", "-m", "times", "-r", str(runs), "-x", str(there.threads), "-y", "1"]
-    said = there.call(*options, "-o", "99", "-I", "-s", *profile, there.name, "edgekd_runs.csv")
+    said = there.call(
+        *options, "-o", "99", "-I", "-s", *profile, there.path.name, "edgekd_runs.csv"
+    )
     return Timed(said, layers.onnxruntime_times(there.read("edgekd_runs.csv")))
 
 
@@ -113,11 +116,23 @@ def _onnxruntime_layers(there: There) -> dict[str, Any]:
 
 
 def _openvino(there: There, runs: int, *report: str) -> Timed:
-    said = there.call(
-        "-m", there.name, "-d", "CPU", "-hint", "latency", "-api", "sync", "-niter", str(runs),
-        "-nthreads", str(there.threads), "-infer_precision", "f32", *report,
-    )  # fmt: skip
+    # one stream is what the hint for latency comes to; with a hint it takes no -nthreads
+    options = ["-d", "CPU", "-hint", "none", "-nstreams", "1", "-nthreads", str(there.threads)]
+    options += ["-infer_precision", "f32", "-api", "sync", "-niter", str(runs)]
+    if shapes := ",".join(f"{name}[{shape}]" for name, shape in _inputs_of_ir(there.path)):
+        options += ["-shape", shapes]
+    said = there.call("-m", there.path.name, *options, *report)
     return Timed(said, [layers.benchmark_app_median(said)])
+
+
+def _inputs_of_ir(path: Path) -> Iterator[tuple[str, str]]:
+    """(name, shape) of its inputs, an open batch as 1: benchmark_app refuses it open."""
+    if path.suffix == ".xml":
+        for layer in ElementTree.parse(path).iterfind("./layers/layer[@type='Parameter']"):
+            shape = layer.find("data")
+            assert shape is not None
+            sizes = shape.attrib["shape"].replace("?", "1").replace("-1", "1")
+            yield layer.attrib["name"], sizes
 
 
 def _openvino_layers(there: There) -> dict[str, Any]:
@@ -204,7 +219,7 @@ def measure_by_binary(
         )
     program = found.stdout.strip()
     theres = [
-        There(link, program, place, path.name, job["threads"])
+        There(link, program, place, path, job["threads"])
         for place, path in zip(places, paths.values(), strict=True)
     ]
     if job["runtime"] == "tensorrt":
@@ -213,12 +228,12 @@ def measure_by_binary(
     first = [binary.time(there, LEAST_RUNS) for there in theres]  # warms up; tells what can be had
     seconds = sum(timed.wall_ms[-1] for timed in first) / 1e3
     runs = max(LEAST_RUNS, min(job["runs"], int(job["seconds"] / max(seconds, 1e-6))))
-    calls = ROUNDS if binary.every_run else CALLS
+    calls = CALLS if not binary.every_run else ROUNDS if len(theres) > 1 else 1
     before = _look(link)
     timed: list[list[Timed]] = [[] for _ in theres]
     for _ in range(calls):
         for there, kept in zip(theres, timed, strict=True):
-            kept.append(binary.time(there, max(-(-runs // calls), 5)))
+            kept.append(binary.time(there, max(runs // calls, 5)))
     after = _look(link)
     named = re.search(binary.version, first[0].said)
     version = tensorrt_version(first[0].said) or (named[1] if named else "not told")
@@ -226,7 +241,7 @@ def measure_by_binary(
     conditions |= {f"{key}_after": after[key] for key in ("cpu_mhz", "temperature_c")}
     files = [
         {
-            "file": there.name, "sha256": digest, "size_bytes": fingerprint(path)[1],
+            "file": path.name, "sha256": digest, "size_bytes": fingerprint(path)[1],
             "warm_up_runs": LEAST_RUNS,
             "wall_ms": [ms for one in kept for ms in one.wall_ms],
             "compute_ms": [ms for one in kept for ms in one.compute_ms],

@@ -253,10 +253,10 @@ def benchmark_app_median(output: str) -> float:
     >>> benchmark_app_median("[ INFO ] Latency:\\n[ INFO ]    Median:        1.52 ms")
     1.52
     """
-    found = re.search(r"Median:\s*([\d.]+) ms", output)
+    found = re.search(r"Median:\s*([\d.]+) (ms|us)", output)  # us where it is short
     if found is None:
         raise StateError("benchmark_app printed no median; its output is of another form")
-    return float(found[1])
+    return float(found[1]) / (1 if found[2] == "ms" else 1e3)
 
 
 # ---- LiteRT --------------------------------------------------------------------------------------

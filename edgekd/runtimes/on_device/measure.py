@@ -638,7 +638,7 @@ def measure_trtexec(job, paths):
             for index, each in enumerate(found):
                 watch.current, before = index, len(watch.seen)
                 watch.look()
-                _, runs = times(index, -(-possible // rounds))
+                _, runs = times(index, possible // rounds)
                 ended, watch.current = time.time(), None
                 span = runs[-1]["endD2hMs"] - runs[0]["startEnqMs"]
                 for look in watch.seen[before:]:  # loading and warming up do not count
