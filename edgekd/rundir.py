@@ -140,3 +140,27 @@ def _takes(target: Target, folder: Path) -> bool:
     if scheme is None:
         return target.float_precision is not None
     return target.scheme is not None and scheme.fits(target.scheme)
+
+
+def exports(folder: Path, target: Target) -> list[Path]:
+    """The folders of the artifacts that a run made for `target`.
+
+    Raises:
+        StateError: none.
+    """
+    made = sorted(folder.glob(f"export-{target.name}-*/"))
+    # "export-a-b-…" is also of a target "a"
+    made = [path for path in made if _target_of(path) == target.name]
+    if not made:
+        raise StateError(f"{folder} holds no artifact for {target.name}; run it, or edgekd export")
+    return made
+
+
+def _target_of(folder: Path) -> str | None:
+    if not (folder / "done.json").is_file():
+        return None
+    try:
+        found: str | None = json.loads((folder / "artifact.json").read_text()).get("target")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return found

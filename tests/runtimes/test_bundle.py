@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import importlib.util
 import json
 import shutil
@@ -25,8 +24,6 @@ from edgekd.runtimes.integer_ends import IntegerEnd
 from edgekd.stages.export import export
 from edgekd.target import Target
 
-INFER = Path(__file__).parents[2] / "edgekd" / "runtimes" / "on_device" / "infer.py"
-
 
 def infer(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """The bundle's own script, in a process that knows nothing of edgekd."""
@@ -41,10 +38,6 @@ def manifest_of(folder: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def phone(quantized: Network, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     return export(quantized, target="android-arm64", out=tmp_path_factory.mktemp("phone"))
-
-
-def test_the_script_is_python_3_6():
-    ast.parse(INFER.read_text(), feature_version=(3, 6))
 
 
 def test_the_manifest_says_what_is_in_the_folder(int8_artifact: Artifact, quantized: Network):
