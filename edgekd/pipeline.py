@@ -392,19 +392,24 @@ class _Run:
     def artifacts(
         self, target: Target, nodes: list[Node], teacher: Node
     ) -> tuple[list[ArtifactRow], list[Latency]]:
-        """Export, verify, measure where this host can, and choose what ships."""
+        """Export, verify, measure here or over the target's link, and choose what ships."""
         done = [self._exported(target, node) for node in nodes]
         measured: list[Measurement | None] = [None] * len(done)
         latencies = []
-        if target.native_here and all(parity.verifier for _, _, parity in done):
+        link = self.recipe.devices.get(target.name, "local")
+        if link != "local" or (target.native_here and all(p.verifier for _, _, p in done)):
             folders = [folder for folder, _, _ in done]
             if target.float_precision:
                 folders.append(self._exported(target, teacher, checked=False)[0])
-            timed = self._measured(target, folders)
+            timed = self._measured(target, folders, link)
             measured = list(timed[: len(done)])
             for of_teacher in timed[len(done) :]:
                 latencies.append(Latency(target=target.name, latency_p50_ms=of_teacher.p50_ms))
-        ships, why = _choose(target, [parity for _, _, parity in done], measured)
+        took = [
+            imported_ms(target, artifact) if m is None else m.p50_ms
+            for (_, artifact, _), m in zip(done, measured, strict=True)
+        ]
+        ships, why = _choose(target, [parity for _, _, parity in done], took)
         rows = []
         for index, (folder, artifact, parity) in enumerate(done):
             measurement = measured[index]
@@ -422,7 +427,7 @@ class _Run:
                     metric=None if metric is None else metric.value,
                     metric_ci95=None if metric is None else metric.ci95,
                     local=parity.local,
-                    latency_p50_ms=None if measurement is None else measurement.p50_ms,
+                    latency_p50_ms=took[index],
                     measurement=measurement,
                     ships=index == ships,
                     why=why if index == ships else "",
@@ -472,7 +477,7 @@ class _Run:
         place.finish({"gate": parity.gate})
         return folder, artifact, parity
 
-    def _measured(self, target: Target, folders: list[Path]) -> list[Measurement]:
+    def _measured(self, target: Target, folders: list[Path], link: str) -> list[Measurement]:
         """Latencies of the artifacts in `folders`, timed in turns; kept beside each."""
         artifacts = [Artifact.load(folder) for folder in folders]
         hashes = tuple(artifact.sha256 for artifact in artifacts)
@@ -480,12 +485,13 @@ class _Run:
         options = self.recipe.profile.model_dump()
         if all(
             m is not None
-            and (m.compared, m.host, m.threads) == (hashes, host_name(), options["threads"])
+            and (m.compared, m.device, m.threads) == (hashes, link, options["threads"])
+            and (link != "local" or m.host == host_name())
             for m in kept
         ):
             return [m for m in kept if m is not None]
         console.print(f"profile {target.name}: {len(folders)} artifacts in turns")
-        measured = profile_together(artifacts, target=target, **options)
+        measured = profile_together(artifacts, target=target, device=link, **options)
         for folder, measurement in zip(folders, measured, strict=True):
             write_atomically(folder / "measurement.json", measurement.model_dump_json(indent=1))
         return measured
@@ -592,19 +598,19 @@ class _Run:
 
 
 def _choose(
-    target: Target, parities: list[Parity], measured: list[Measurement | None]
+    target: Target, parities: list[Parity], took_ms: list[float | None]
 ) -> tuple[int | None, str]:
     """Index of what ships, and why: the faster where measured, else what the target prefers."""
     sound = [i for i, parity in enumerate(parities) if parity.gate == "passed"]
     if not sound:
         return None, "no artifact passed its gate"
-    timed = {i: m.p50_ms for i in sound if (m := measured[i]) is not None}
+    timed = {i: ms for i in sound if (ms := took_ms[i]) is not None}
     if len(timed) == len(sound) > 1:
         ranked = sorted(timed, key=lambda i: timed[i])
         best, other = ranked[0], ranked[1]
         return best, (
             f"{timed[other] / timed[best]:.2f}× the speed of {parities[other].precision} "
-            f"({timed[best]:.3f} against {timed[other]:.3f} ms on this host)"
+            f"({timed[best]:.3f} against {timed[other]:.3f} ms)"
         )
     preferred = max(sound, key=lambda i: target.precisions.index(parities[i].precision))
     how = "not measured: not this host" if target.verifier == "emulated" else "the only one sound"

@@ -96,6 +96,17 @@ class ArtifactRow(_Row):
     ships: bool
     why: str
 
+    @property
+    def took(self) -> str:
+        """The median, and how it was measured; for tables."""
+        if self.latency_p50_ms is None:
+            return "not measured"
+        if (m := self.measurement) is None:
+            return f"{self.latency_p50_ms:.3f} ms (imported)"
+        where = "" if m.device == "local" else f", {m.device}"
+        threads = f"{m.threads} thread{'s' if m.threads > 1 else ''}"
+        return f"{m.p50_ms:.3f} ms ({m.clock}, {threads}{where})"
+
 
 class BudgetRow(_Row):
     """A target's latency budget, and what ships there against it.
@@ -130,7 +141,7 @@ class Answer:
     """What one target gets: nothing, or an artifact beside the teacher.
 
     Attributes:
-        times_faster: than the teacher's FP32 on this host; None where this host is not the target.
+        times_faster: than the teacher's float artifact; None where they are not measured.
         points: of the metric, more than the teacher's.
     """
 
@@ -276,7 +287,7 @@ class Report(_Row):
         return table
 
     def _artifact_table(self) -> Table:
-        table = Table(title=f"latency on this host: {self.host}, batch 1")
+        table = Table(title=f"artifacts; latency of batch 1, on {self.host} unless it is said")
         for heading, justify in ARTIFACT_COLUMNS:
             table.add_column(heading, justify=justify)  # type: ignore[arg-type]
         for latency in self.teacher.latency:
@@ -291,7 +302,6 @@ class Report(_Row):
                 f"{latency.latency_p50_ms:.3f} ms",
             )
         for row in self.artifacts:
-            measured = row.measurement
             table.add_row(
                 row.target,
                 row.precision,
@@ -300,9 +310,7 @@ class Report(_Row):
                 _percent(row.metric, row.metric_ci95) if row.metric_ci95 else "",
                 "" if row.agreement is None else f"{row.agreement:.2%}",
                 f"{row.gate}, {row.verifier}" if row.verifier else row.gate,
-                "not measured" if measured is None else
-                f"{measured.p50_ms:.3f} ms ({measured.clock}, {measured.threads} thread"
-                f"{'s' if measured.threads > 1 else ''})",
+                row.took,
             )  # fmt: skip
         return table
 
