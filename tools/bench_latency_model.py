@@ -11,6 +11,7 @@ import argparse
 import gzip
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -160,6 +161,8 @@ def measure(name: str, raw: Path) -> dict[str, Any]:
             record["measured"]["reference"] = {}
         for key, figures in timed(calls).items():
             record["measured"][key] |= figures
+        if name in names_of("profiled"):
+            shutil.copytree(place, raw / "artifacts" / name, dirs_exist_ok=True)
         if not reference.exists():
             write_atomically(reference, (Path(place) / "host-onnxruntime-fp32.onnx").read_bytes())
     record["seconds"] = round(time.monotonic() - began, 1)
