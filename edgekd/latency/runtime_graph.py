@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from edgekd.errors import TargetError, nearest
 
 Dims = tuple[int, ...]
-RUNS = 60
+RUNS = 80
 
 
 class RuntimeNode(BaseModel):
@@ -55,7 +57,7 @@ def onnxruntime_nodes(path: Path, threads: int = 1) -> list[RuntimeNode]:
             i.name: np.random.default_rng(0).standard_normal((1, *i.shape[1:]), dtype=np.float32)
             for i in session.get_inputs()
         }
-        for _ in range(RUNS):
+        for _ in _runs():
             session.run(None, feed)
         events = json.loads(Path(session.end_profiling()).read_text())
         graph = onnx.load(options.optimized_model_filepath).graph
@@ -114,7 +116,7 @@ def openvino_nodes(path: Path, threads: int = 1) -> list[RuntimeNode]:
     shape = [1, *(d.get_length() for d in list(compiled.inputs[0].partial_shape)[1:])]
     x = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
     times: dict[str, list[float]] = {}
-    for _ in range(RUNS):
+    for _ in _runs():
         request.infer([x])
         for info in request.get_profiling_info():
             if info.status == openvino.ProfilingInfo.Status.EXECUTED:
@@ -163,6 +165,14 @@ def runtime_nodes(runtime: str, path: Path, threads: int = 1) -> list[RuntimeNod
     if runtime not in READERS:
         raise TargetError(f"no graph of kernels for runtime {runtime!r}{nearest(runtime, READERS)}")
     return READERS[runtime](path, threads)
+
+
+def _runs() -> Iterator[None]:
+    """Pauses between runs: without them a busy host interrupts many at the same layer."""
+    draw = random.Random(0)
+    for _ in range(RUNS):
+        time.sleep(draw.uniform(0, 0.006))
+        yield
 
 
 def _undisturbed(values: list[Any]) -> float:
