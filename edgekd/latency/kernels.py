@@ -70,6 +70,21 @@ def by_place(shape: Dims, channels_last: bool = False) -> tuple[int, int, int]:
     return (shape[-1] if shape else 1), math.prod(shape[:-1]), 1
 
 
+# kernels whose time depends on where the elements are
+PLACED = MATRIX | {
+    "MaxPool", "MaxPool.nchwc", "NhwcMaxPool", "AveragePool", "AveragePool.nchwc", "Pooling",
+    "QLinearAveragePool", "LayerNormalization", "SkipLayerNormalization", "Softmax", "SoftMax",
+}  # fmt: skip
+
+
+def of_tensor(op: str, shape: Dims, reads: int, writes: int) -> Kernel:
+    """A kernel without a window, that gives a tensor of `shape`; of most only the size counts."""
+    channels, height, width = by_place(shape) if op in PLACED else (1, math.prod(shape), 1)
+    if op.endswith(("LayerNormalization", "oftmax", "oftMax")):  # rows of the last axis
+        channels, height, width = shape[-1], math.prod(shape[:-1]), 1
+    return Kernel(op, channels, channels, 1, 1, 1, height, width, "", reads, writes)
+
+
 def of_onnxruntime(node: RuntimeNode) -> Kernel:
     """The kernel that this node is."""
     domain, _, kind = node.operator.rpartition(":")
@@ -78,8 +93,8 @@ def of_onnxruntime(node: RuntimeNode) -> Kernel:
     inputs = [i for i, t in zip(node.inputs, node.types, strict=True)]
     constants = [tuple(c) for c in a["constants"]]
     out = node.outputs[0]
-    last = bool(a.get("channels_last")) or kind == "NhwcMaxPool"
-    channels, height, width = by_place(inputs[0] if kind == "Split" else out, last)
+    last = kind == "NhwcMaxPool" or (bool(a.get("channels_last")) and kind != "ReorderInput")
+    channels, height, width = by_place(out, last)
     reads = sum(math.prod(i) for i in inputs if len(i) > 1 and i not in constants)
     writes = sum(map(math.prod, node.outputs))
     activation = str(a.get("activation", "")).lower()
@@ -98,9 +113,10 @@ def of_onnxruntime(node: RuntimeNode) -> Kernel:
     if op.endswith("MatMul"):
         return Kernel(op, inputs[0][-1], out[-1], groups=math.prod(out[:-2]), height=out[-2],
                       reads=reads, writes=writes)  # fmt: skip
-    kernel = a.get("kernel_shape", [1])[0]
-    return Kernel(op, channels, channels, kernel, a.get("strides", [1])[0], 1, height, width, "",
-                  reads, writes)  # fmt: skip
+    if "kernel_shape" in a:
+        return Kernel(op, channels, channels, a["kernel_shape"][0], a["strides"][0], 1, height,
+                      width, "", reads, writes)  # fmt: skip
+    return of_tensor(op, inputs[0] if kind == "Split" else out, reads, writes)
 
 
 def of_openvino(node: RuntimeNode) -> Kernel:
@@ -127,4 +143,4 @@ def of_openvino(node: RuntimeNode) -> Kernel:
     if op == "MatMul":
         return Kernel(op, node.inputs[0][-1], out[-1], groups=math.prod(out[:-2]), height=out[-2],
                       reads=reads, writes=writes)  # fmt: skip
-    return Kernel(op, channels, channels, 1, 1, 1, height, width, "", reads, writes)
+    return of_tensor(op, out, reads, writes)

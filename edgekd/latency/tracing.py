@@ -352,11 +352,12 @@ def _simplified(ops: list[Op]) -> list[Op]:
         if idle:
             stands[id(op)] = op.inputs[0]
         elif op.kind == "view" and op.inputs[0].kind == "view":
+            op.options["twice"] = True
             op.inputs = op.inputs[0].inputs[:]
             kept.append(op)
         else:
             kept.append(op)
-    _count_users(kept)
+    count_users(kept)
     folded: list[Op] = []
     stands = {}
     for op in kept:
@@ -369,10 +370,10 @@ def _simplified(ops: list[Op]) -> list[Op]:
             stands[id(op)] = before
         else:
             folded.append(op)
-    return _alive(folded)
+    return alive(folded)
 
 
-def _alive(ops: list[Op]) -> list[Op]:
+def alive(ops: list[Op]) -> list[Op]:
     """Those that the output depends on, with their users."""
     wanted: set[int] = set()
     stack = [ops[-1]]
@@ -382,11 +383,11 @@ def _alive(ops: list[Op]) -> list[Op]:
             wanted.add(id(op))
             stack += op.inputs
     alive = [op for op in ops if id(op) in wanted]
-    _count_users(alive)
+    count_users(alive)
     return alive
 
 
-def _count_users(ops: list[Op]) -> None:
+def count_users(ops: list[Op]) -> None:
     for op in ops:
         op.users = []
     for op in ops:
