@@ -523,7 +523,8 @@ def ends(op: Op) -> bool:
 LAST = {"QLinearConv", "NhwcMaxPool", "QLinearGlobalAveragePool", "QLinearAveragePool"}
 AGNOSTIC = {
     "QuantizeLinear", "DequantizeLinear", "Add", "Mul", "Sub", "Div", "Erf", "QLinearAdd",
-    "QLinearMul", "QLinearSigmoid", "Concat", "QLinearConcat", "Split", "part", *ONNX.values(),
+    "QLinearMul", "QLinearSigmoid", "QLinearConcat", *ONNX.values(), "add", "mul", "sub", "div", "cat",
+    "split", "part",
 }  # fmt: skip
 TO_LAST, TO_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
 
@@ -653,6 +654,9 @@ def onnxruntime_integers(ops: Sequence[Op], scheme: QuantScheme | None) -> list[
         if axes == TO_FIRST and leads[id(node)]:
             last.add(id(node))
             continue
+        if node.kind == "part":
+            last |= {id(node)} if id(node.inputs[0]) in last else set()
+            continue
         maps = [i for i in node.inputs if len(i.shape) == 4 and i.kind != "constant"]
         keeps = node.kind in AGNOSTIC and bool(maps) and _worth(node, maps, last, leads)
         to_last = wants_last(node) or keeps
@@ -680,7 +684,7 @@ def _worth(node: Op, maps: Sequence[Op], last: set[int], leads: Mapping[int, boo
     """
     there = [i for i in maps if id(i) in last]
     cost = len(maps) - len(there) - sum(len(i.users) == 1 for i in there)
-    if cost or not there:
+    if cost or len(there) < len(maps):
         return cost < 0
     return leads[id(node)] and all(_leads(leads, user) for i in there for user in i.users)
 
