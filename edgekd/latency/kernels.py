@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -45,7 +46,7 @@ class Kernel(NamedTuple):
     @property
     def weights(self) -> int:
         """Elements of the weight of a matrix operator."""
-        if self.op not in MATRIX or self.op.endswith("MatMul"):
+        if self.op not in MATRIX or self.op.endswith("MatMul") or self.op == "Subgraph":
             return 0
         return self.cin * self.cout * self.kernel**2 // self.groups
 
@@ -53,8 +54,11 @@ class Kernel(NamedTuple):
 CONVOLUTIONS = {"Conv", "Conv.nchwc", "FusedConv", "QLinearConv", "Convolution", "ConvTranspose"}
 MATRIX = CONVOLUTIONS | {
     "Gemm", "FusedGemm", "QGemm", "MatMul", "FusedMatMul", "FullyConnected", "QLinearMatMul",
+    "Subgraph",
 }  # fmt: skip
-FREE = {"Const", "Input", "Output", "Reshape", "Parameter", "Result"}
+# OpenVINO: no work, or that on a handful of numbers
+FREE = {"Const", "Input", "Output", "Reshape", "ShapeOf", "Gather", "Broadcast", "Range"}
+SLOW_NAMES = re.compile("silu|gelu|sigmoid|swish|tanh|mish", re.IGNORECASE)
 SHORT = {"com.microsoft.nchwc": ".nchwc", "com.microsoft": "", "": ""}
 
 
@@ -125,7 +129,8 @@ def of_openvino(node: RuntimeNode) -> Kernel:
     out = node.outputs[0]
     channels, height, width = by_place(out)
     constants: Sequence[Dims] = ()
-    names = node.attributes.get("originalLayersNames", "").split(",")
+    slow = SLOW_NAMES.search(node.attributes.get("originalLayersNames", "").replace("hard", ""))
+    exp = "exp" if slow else ""
     if op == "Convolution":
         weight = node.inputs[1]
         groups = weight[0] if len(weight) == 5 else 1
@@ -134,13 +139,17 @@ def of_openvino(node: RuntimeNode) -> Kernel:
         adds = len([i for i in node.inputs[2:] if i == out]) > 0
         reads = math.prod(node.inputs[0]) + adds * math.prod(out)
         return Kernel(op, cin, channels, weight[-1], stride, groups, height, width,
-                      "add" * adds, reads, math.prod(out))  # fmt: skip
+                      "+".join(filter(None, ["add" * adds, exp])), reads, math.prod(out))  # fmt: skip
     reads = sum(math.prod(i) for i in node.inputs if len(i) > 1 and i not in constants)
     writes = sum(map(math.prod, node.outputs))
     if op == "FullyConnected":
-        return Kernel(op, node.inputs[0][-1], out[-1], height=math.prod(out[:-1]),
+        return Kernel(op, node.inputs[0][-1], out[-1], height=math.prod(out[:-1]), fused=exp,
                       reads=math.prod(node.inputs[0]), writes=writes)  # fmt: skip
+    if op == "Subgraph" and len(node.inputs) == 3:  # attention
+        _, heads, rows, depth = node.inputs[0]
+        return Kernel(op, 2 * depth, node.inputs[1][2], groups=heads, height=rows, reads=reads,
+                      writes=writes)  # fmt: skip
     if op == "MatMul":
         return Kernel(op, node.inputs[0][-1], out[-1], groups=math.prod(out[:-2]), height=out[-2],
                       reads=reads, writes=writes)  # fmt: skip
-    return of_tensor(op, out, reads, writes)
+    return of_tensor(op, node.inputs[0] if op == "Split" else out, reads, writes)
