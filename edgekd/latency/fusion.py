@@ -749,6 +749,7 @@ class _Chains:
         self.rows: set[int] = set()  # maps that lie channels first
         self.turned: set[tuple[int, bool]] = set()
         self.quantized: set[int] = set()
+        self.shuffled: set[int] = set()
         for op in ops:
             RULE.get(op.kind, _other)(op, self)
 
@@ -815,13 +816,16 @@ def _other(op: Op, chains: _Chains) -> None:
         chains.rows.add(id(op))
         if id(op.inputs[0]) in chains.open and len(op.inputs[0].users) == 1:
             place = chains.open[id(op.inputs[0])]
-            if chains.kernels[place].op == "FullyConnected":
+            if chains.kernels[place].op == "FullyConnected" and chains.place is None:
                 chains.open[id(op)] = place
         return
     if op.kind in ("part",):
         if id(op.inputs[0]) in chains.rows:
             chains.rows.add(id(op))
         return
+    if op.kind == "cat":
+        for constant in (i for i in op.inputs if i.kind == "constant"):
+            chains.kernels.append(elementwise("Eltwise", constant.shape, constant.size + 1))
     if name:
         chains.tensor(op, name, reads)
 
@@ -854,6 +858,8 @@ def _ov_binary(op: Op, chains: _Chains) -> None:
 
 def _ov_norm(op: Op, chains: _Chains) -> None:
     if len(op.shape) != 4:
+        if chains.integer(op.inputs[0]):
+            chains.kernels.append(elementwise("Eltwise", op.shape, op.size))
         chains.tensor(op, "MVN", op.size)
         return
     mean = (*op.shape[:-1], 1)
@@ -881,6 +887,10 @@ def _ov_mean(op: Op, chains: _Chains) -> None:
 
 def _ov_permute(op: Op, chains: _Chains) -> None:
     source, axes = op.inputs[0], op.options["axes"]
+    if id(op) in chains.shuffled:
+        return
+    if len(op.shape) != 4 or axes not in (TO_FIRST, TO_LAST):
+        chains.rows.add(id(op))
     if all(u.kind == "matmul" for u in op.users) or source.kind == "matmul":
         attends = source.kind == "matmul" and source.inputs[0].kind == "softmax"
         if not (attends and chains.place is not None):
@@ -896,6 +906,7 @@ def _ov_unbind(op: Op, chains: _Chains) -> None:
 
 def _ov_matmul(op: Op, chains: _Chains) -> None:
     first, second = op.inputs
+    chains.rows.add(id(op))
     if first.kind == "softmax":
         return  # with the product before it
     if len(op.users) == 1 and op.users[0].kind == "softmax":
@@ -915,11 +926,9 @@ def _ov_shuffle(op: Op, chains: _Chains) -> None:
     shuffles = len(op.shape) == 5 and turn.options.get("axes") == (0, 2, 1, 3, 4)
     if shuffles and chains.place is None:
         chains.tensor(turn, "ShuffleChannels", op.size)
-        chains.rows.discard(id(turn))
-        for back in turn.users:
-            chains.turned.add((id(back), True))
-        return
-    _other(op, chains)
+        chains.shuffled |= {id(turn), *map(id, turn.users)}
+    elif id(op) not in chains.shuffled:
+        _other(op, chains)
 
 
 RULE: dict[str, Callable[[Op, _Chains], None]] = {
