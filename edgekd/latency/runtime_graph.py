@@ -6,18 +6,19 @@ import json
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from edgekd.errors import TargetError, nearest
 
 Dims = tuple[int, ...]
-RUNS = 80
+RUNS = 150
 
 
 class RuntimeNode(BaseModel):
@@ -70,8 +71,10 @@ def onnxruntime_nodes(path: Path, threads: int = 1) -> list[RuntimeNode]:
     for node in graph.node:
         # the profile calls a node without a name by its kind and its index
         by_name.setdefault(node.name or node.op_type, []).append(node)
+    whole = {index: same for index, same in timed.items() if len(same) == RUNS}
+    durations = _undisturbed([[e["dur"] for e in same] for same in whole.values()]) / 1e3
     found = []
-    for same in timed.values():
+    for same, p50_ms in zip(whole.values(), durations, strict=True):
         args = same[0]["args"]
         name = same[0]["name"].removesuffix("_kernel_time")
         node = (by_name.get(name) or by_name[args["op_name"]]).pop(0)
@@ -91,7 +94,7 @@ def onnxruntime_nodes(path: Path, threads: int = 1) -> list[RuntimeNode]:
                 outputs=tuple(tuple(s) for d in args["output_type_shape"] for s in d.values()),
                 types=tuple(t for d in args["input_type_shape"] for t in d),
                 attributes=kept,
-                p50_ms=_undisturbed([e["dur"] for e in same]) / 1e3,
+                p50_ms=float(p50_ms),
             )
         )
     return found
@@ -115,12 +118,17 @@ def openvino_nodes(path: Path, threads: int = 1) -> list[RuntimeNode]:
     request = compiled.create_infer_request()
     shape = [1, *(d.get_length() for d in list(compiled.inputs[0].partial_shape)[1:])]
     x = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
-    times: dict[str, list[float]] = {}
+    runs: list[dict[str, float]] = []
     for _ in _runs():
         request.infer([x])
-        for info in request.get_profiling_info():
-            if info.status == openvino.ProfilingInfo.Status.EXECUTED:
-                times.setdefault(info.node_name, []).append(info.real_time.total_seconds() * 1e3)
+        runs.append({
+            info.node_name: info.real_time.total_seconds() * 1e3
+            for info in request.get_profiling_info()
+            if info.status == openvino.ProfilingInfo.Status.EXECUTED
+        })  # fmt: skip
+    names = list(dict.fromkeys(name for run in runs for name in run))
+    rows = [[run.get(name, 0.0) for run in runs] for name in names]
+    durations = dict(zip(names, _undisturbed(rows), strict=True))
     found = []
     for op in compiled.get_runtime_model().get_ordered_ops():
         info = {k: op.get_rt_info()[k].astype(str) for k in op.get_rt_info()}
@@ -139,7 +147,7 @@ def openvino_nodes(path: Path, threads: int = 1) -> list[RuntimeNode]:
                         "outputLayouts", "outputPrecisions",
                     ) if k in info
                 },
-                p50_ms=_undisturbed(times[name]) if name in times else 0.0,
+                p50_ms=float(durations.get(name, 0.0)),
             )
         )  # fmt: skip
     return found
@@ -168,19 +176,22 @@ def runtime_nodes(runtime: str, path: Path, threads: int = 1) -> list[RuntimeNod
 
 
 def _runs() -> Iterator[None]:
-    """Pauses between runs: without them a busy host interrupts many at the same layer."""
+    """A pause now and then: without it a busy host interrupts every run at the same layer.
+
+    Behind each pause the caches are cold, and that run is slow.
+    """
     draw = random.Random(0)
-    for _ in range(RUNS):
-        time.sleep(draw.uniform(0, 0.006))
+    for index in range(RUNS):
+        if index % 10 == 0:
+            time.sleep(draw.uniform(0.001, 0.006))
         yield
 
 
-def _undisturbed(values: list[Any]) -> float:
-    """The mean of the quickest third but for its extremes.
+def _undisturbed(times: Sequence[Sequence[float]]) -> NDArray[np.float64]:
+    """Of each layer, its mean over the quickest runs; `times` has a row for each layer.
 
-    The clock is the wall's: on a busy host half of the runs and more wait for a processor within a
-    layer. A mean, since ONNX Runtime tells whole microseconds.
+    The clock is the wall's: on a busy host half of the runs wait for a processor in some layer.
     """
-    ordered = np.sort(np.asarray(values, dtype=np.float64))
-    n = len(ordered)
-    return float(ordered[n // 20 : max(n // 3, n // 20 + 1)].mean())
+    runs = np.asarray(times, dtype=np.float64)
+    quickest = np.argsort(runs.sum(axis=0))[: max(1, runs.shape[1] // 5)]
+    return runs[:, quickest].mean(axis=1)
