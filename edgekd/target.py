@@ -178,7 +178,7 @@ class Target(_Frozen):
         """
         if isinstance(name, Target):
             return name
-        for folder in _folders("targets"):
+        for folder in data_folders("targets"):
             path = folder / f"{name}.toml"
             if path.is_file() and name == path.stem:
                 return _read(path)
@@ -187,10 +187,10 @@ class Target(_Frozen):
 
 def target_names() -> list[str]:
     """Names of all targets, shipped and the user's own."""
-    return sorted({p.stem for folder in _folders("targets") for p in folder.glob("*.toml")})
+    return sorted({p.stem for folder in data_folders("targets") for p in folder.glob("*.toml")})
 
 
-def _folders(kind: Literal["targets"]) -> list[Path]:
+def data_folders(kind: Literal["targets", "profiles"]) -> list[Path]:
     """Where `kind` is looked for: the user's folder, the wheel's data, the repository."""
     package = Path(__file__).parent
     candidates = [package / "_data" / kind, package.parent / kind]
