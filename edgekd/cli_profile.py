@@ -28,13 +28,13 @@ class _Row(NamedTuple):
 
 def profile(
     models: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
             help="Model files, folders of artifacts, a run's (runs/NAME), or with --shape a model "
             "by name or package.module:callable. All are timed in turns."
         ),
-    ],
-    target: Annotated[list[str], typer.Option(help="A target's name; repeatable.")],
+    ] = None,
+    target: Annotated[list[str] | None, typer.Option(help="A target's name; repeatable.")] = None,
     device: Annotated[
         list[str] | None,
         typer.Option(
@@ -60,6 +60,10 @@ def profile(
     trust: Annotated[
         bool, typer.Option("--trust", help="Run a model's factory from outside edgekd.")
     ] = False,
+    imported: Annotated[
+        list[Path] | None,
+        typer.Option("--import", help="Take in what measure.py wrote on a device; repeatable."),
+    ] = None,
 ) -> None:
     """Measure latency, batch 1: on this machine, or on a device.
 
@@ -70,14 +74,25 @@ def profile(
     Example: edgekd profile my.nets:small --shape 1x3x96x96 --target intel-cpu --trust
 
     Example: edgekd profile q --target host-onnxruntime --compare theirs.onnx --json
+
+    Example: edgekd profile --import measurement.json
     """
     from edgekd.devices.base import get_device
+    from edgekd.latency.profiles import import_measurement
+    from edgekd.recipe import by_target
     from edgekd.reporting.progress import console
     from edgekd.stages.profile import profile_together
     from edgekd.target import Target
 
+    for path in imported or []:
+        print(f"{path}: in {import_measurement(path)}; the next run chooses by it")
+    if imported and not models:
+        return
+    if not models or not target:
+        raise RecipeError("give model files and a --target, or --import measurement.json")
     shown = _count(layers)
-    links = {name: get_device(at) for name, at in _links(device or [], target).items()}
+    at = dict.fromkeys(target, "local") | dict(by_target("--device", device or (), target))
+    links = {name: get_device(address) for name, address in at.items()}
     rows: list[_Row] = []
     with tempfile.TemporaryDirectory() as made:
         for name in target:
@@ -117,20 +132,6 @@ def _count(layers: str) -> int | None:
     if not layers.isdigit():
         raise RecipeError(f"--layers {layers}: give a number, or all")
     return int(layers)
-
-
-def _links(given: Sequence[str], targets: Sequence[str]) -> dict[str, str]:
-    """The address for each target; one without a target's name is for all of them."""
-    links = dict.fromkeys(targets, "local")
-    for text in given:
-        name, separator, address = text.partition("=")
-        if not separator or "://" in name:
-            links = dict.fromkeys(targets, text)
-        elif name in links:
-            links[name] = address
-        else:
-            raise RecipeError(f"--device {text}: {name} is none of the targets given")
-    return links
 
 
 def _files(

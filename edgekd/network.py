@@ -173,6 +173,18 @@ class Network:
         self.train_mode(mode)
         return counter.get_total_flops() // 4  # 2 flops a MAC, batch 2
 
+    @property
+    def architecture(self) -> str | None:
+        """What sets its latency, as one line of JSON: factory, widths and inputs, no weights.
+
+        None without a factory.
+        """
+        if self.build is None:
+            return None
+        made = self.build.without_fetching().model_dump(mode="json")
+        inputs = [each.shape for each in self.io.inputs]
+        return json.dumps(made | {"resized": self.resized, "inputs": inputs}, sort_keys=True)
+
     # ---- training ----------------------------------------------------------------------------
 
     def train_mode(self, training: bool) -> None:

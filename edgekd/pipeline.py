@@ -36,6 +36,7 @@ from edgekd.errors import MissingPackageError, RecipeError, StateError
 from edgekd.files import write_atomically
 from edgekd.latency.measuring import Measurement, host_name
 from edgekd.latency.model import LatencyModel
+from edgekd.latency.profiles import imported_ms
 from edgekd.models.build import build_module, load_weights, source_sha256, weights_sha256
 from edgekd.network import Network
 from edgekd.quantization.placement import describe, left_in_float
@@ -406,7 +407,7 @@ class _Run:
             for of_teacher in timed[len(done) :]:
                 latencies.append(Latency(target=target.name, latency_p50_ms=of_teacher.p50_ms))
         took = [
-            imported_ms(target, artifact) if m is None else m.p50_ms
+            imported_ms(target, artifact.sha256) if m is None else m.p50_ms
             for (_, artifact, _), m in zip(done, measured, strict=True)
         ]
         ships, why = _choose(target, [parity for _, _, parity in done], took)

@@ -375,8 +375,8 @@ def _only(values: dict[str, Any], chosen: list[str]) -> None:
     else:
         values["targets"] = chosen
     for section, key in ((values, "devices"), (budget, "latency_ms")):
-        if isinstance(section, dict) and isinstance(by_target := section.get(key), dict):
-            section[key] = {name: x for name, x in by_target.items() if name in chosen}
+        if isinstance(section, dict) and isinstance(each := section.get(key), dict):
+            section[key] = {name: x for name, x in each.items() if name in chosen}
 
 
 def _relative_to(recipe: Recipe, folder: Path) -> Recipe:

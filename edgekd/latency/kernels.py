@@ -104,7 +104,11 @@ def of_onnxruntime(node: RuntimeNode) -> Kernel:
     activation = str(a.get("activation", "")).lower()
     if op in CONVOLUTIONS:
         weight = next(c for c in constants if len(c) == 4)
-        adds = kind == "Conv" and domain.endswith("nchwc") and len([i for i in inputs if len(i) == 4]) > 2
+        adds = (
+            kind == "Conv"
+            and domain.endswith("nchwc")
+            and len([i for i in inputs if len(i) == 4]) > 2
+        )
         groups = int(a.get("group", 1))
         return Kernel(
             op, weight[1] * groups, channels, weight[2], a.get("strides", [1])[0], groups, height,

@@ -20,7 +20,7 @@ from edgekd.errors import StateError, describe_invalid
 from edgekd.latency import layers
 from edgekd.latency.layers import LayerTime
 from edgekd.runtimes.on_device.measure import median_interval
-from edgekd.target import host_instruction_set
+from edgekd.target import Precision, host_instruction_set
 
 Clock = Literal["wall", "cpu"]
 Trust = Literal["steady", "drift", "throttled"]
@@ -167,7 +167,11 @@ class Machine(_Frozen):
 
 
 class RawMeasurement(_Frozen):
-    """`measurement.json` as measure.py writes it: files that were timed in turns."""
+    """`measurement.json` as measure.py writes it: files that were timed in turns.
+
+    Attributes:
+        precision, network: of a bundle, as its manifest has them, see `Network.architecture`.
+    """
 
     format: Literal[1]
     target: str
@@ -179,6 +183,8 @@ class RawMeasurement(_Frozen):
     machine: Machine
     conditions: Conditions
     files: Annotated[tuple[RawFile, ...], Field(min_length=1)]
+    precision: Precision | None = None
+    network: str | None = None
 
     @staticmethod
     def read(path: Path) -> RawMeasurement:

@@ -17,6 +17,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from edgekd.errors import StateError, describe_invalid
+from edgekd.latency.measuring import RawMeasurement
 from edgekd.target import Precision, Target, data_folders
 
 Positive = Annotated[int, Field(ge=1)]
@@ -160,3 +161,50 @@ def append_rows(path: Path, rows: Iterable[ProfileRow]) -> None:
         except OSError:  # a full disk: what was there before stays
             file.truncate(end)
             raise
+
+
+# ---- measured by hand ----------------------------------------------------------------------------
+
+
+def import_measurement(path: Path) -> Path:
+    """Append what `measure.py` wrote on a device to this user's rows; returns their file.
+
+    The same file again changes nothing.
+
+    Raises:
+        StateError: it is not what `measure.py` writes for a bundle.
+        TargetError: it names no known target.
+    """
+    raw = RawMeasurement.read(path)
+    Target.load(raw.target)
+    if raw.precision is None:
+        raise StateError(
+            f"{path} does not say which precision was measured; run measure.py from a bundle"
+        )
+    own = own_file(raw.target)
+    there = read_rows(own) if own.is_file() else []
+    rows = [
+        ProfileRow(
+            kind="network", network=raw.network or file.file, precision=raw.precision,
+            threads=m.threads, p50_ms=m.p50_ms, low_ms=low, high_ms=high, runs=m.runs,
+            clock=m.clock, runtime=m.runtime, runtime_version=m.runtime_version, host=m.host,
+            instruction_set=m.instruction_set, conditions=f"measure.py by hand, {m.trust}",
+            date=m.date, origin="device", sha256=m.sha256,
+        )
+        for file, m in zip(raw.files, raw.measurements(device="by hand"), strict=True)
+        for low, high in [m.p50_ci95_ms or (None, None)]
+    ]  # fmt: skip
+    append_rows(own, [row for row in rows if row not in there])
+    return own
+
+
+def device_rows(target: str | Target) -> list[ProfileRow]:
+    """Whole networks that were measured on the device itself."""
+    rows = read_profile(target)
+    return [row for row in rows if row.kind == "network" and row.origin == "device"]
+
+
+def imported_ms(target: str | Target, sha256: str) -> float | None:
+    """p50 of an artifact that was measured on the device; None if it was not."""
+    took = [row.p50_ms for row in device_rows(target) if row.sha256 == sha256]
+    return took[-1] if took else None

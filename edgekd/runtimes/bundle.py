@@ -69,6 +69,7 @@ def write_bundle(
         "sha256": digest,
         "size_bytes": size,
         "io": net.io.model_dump(mode="json"),
+        "network": net.architecture,
         "layout": target.layout,
         "integers": _integers(path, net, target),
         "scheme": None if net.scheme is None else net.scheme.model_dump(mode="json"),

@@ -693,6 +693,7 @@ def measure(job, folder):
         each.update(file=name, sha256=digest, size_bytes=size)
     return {
         "format": 1, "target": job["target"], "runtime": job["runtime"],
+        "precision": job.get("precision"), "network": job.get("network"),
         "runtime_version": version, "threads": job["threads"], "clock": clock,
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "machine": machine(), "conditions": conditions, "files": found,
