@@ -226,7 +226,9 @@ def _conditions(rows: Sequence[_Row]) -> list[str]:
         parts = [
             f"{m.runtime} {m.runtime_version} on {m.host}, {m.device}", f"{m.threads} thread(s)",
             f"{'CPU time' if m.clock == 'cpu' else 'wall clock'}, batch 1",
-            f"{m.runs} runs after {m.warm_up_runs} to warm up, none thrown away",
+            f"{m.runs} runs after {m.warm_up_runs} to warm up"
+            + ("" if m.warm_up_steady else ", which did not get steady"),
+            "no run thrown away",
             "± is half of the median's 95 % interval",
             _change("CPU", c.cpu_mhz_before, c.cpu_mhz_after, "MHz"),
             _change("GPU", c.gpu_mhz_before, c.gpu_mhz_after, "MHz"),
