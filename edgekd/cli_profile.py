@@ -103,7 +103,8 @@ def profile(
                 for file in _files(model, known, Path(made) / name, shape, trust)
             ]
             link = links[name]
-            console.print(f"measuring {len(found)} file(s) for {name} on {link.address}")
+            if not as_json:
+                console.print(f"measuring {len(found)} file(s) for {name} on {link.address}")
             measured = profile_together(
                 [path for _, path in found], target=known, device=link, runs=runs,
                 threads=threads, layers=shown != 0, lock_clocks=lock_clocks,
@@ -117,9 +118,13 @@ def profile(
     for line in _conditions(rows):
         out.print(escape(line), soft_wrap=True)
     for row in rows:
-        if row.measured.layers:
-            out.print(_layer_table(row, shown))
-            out.print(escape(f"rest: {row.measured.rest_ms:.3f} ms; {row.measured.rest}"))
+        if m := row.measured.layers:
+            count = len(m) if shown is None else min(shown, len(m))
+            said = f"\n{row.name} ({row.measured.target}): the slowest {count} of {len(m)} layers"
+            out.print(escape(said), soft_wrap=True)
+            out.print(_layer_table(m, count))
+            said = f"rest: {row.measured.rest_ms:.3f} ms; {row.measured.rest}"
+            out.print(escape(said), soft_wrap=True)
 
 
 # ---- what is given -------------------------------------------------------------------------------
@@ -222,7 +227,9 @@ def _conditions(rows: Sequence[_Row]) -> list[str]:
         parts = [
             f"{m.runtime} {m.runtime_version} on {m.host}, {m.device}", f"{m.threads} thread(s)",
             f"{'CPU time' if m.clock == 'cpu' else 'wall clock'}, batch 1",
-            f"{m.runs} runs after {m.warm_up_runs} to warm up, none thrown away",
+            f"{m.runs} runs after {m.warm_up_runs} to warm up"
+            + ("" if m.warm_up_steady else ", which did not get steady"),
+            "no run thrown away",
             "± is half of the median's 95 % interval",
             _change("CPU", c.cpu_mhz_before, c.cpu_mhz_after, "MHz"),
             _change("GPU", c.gpu_mhz_before, c.gpu_mhz_after, "MHz"),
@@ -251,13 +258,11 @@ def _change(what: str, before: float | None, after: float | None, unit: str) -> 
     return f"{what} {before:.0f} to {after:.0f} {unit}"
 
 
-def _layer_table(row: _Row, shown: int | None) -> Table:
-    layers = sorted(row.measured.layers, key=lambda layer: layer.p50_ms, reverse=True)
-    count = len(layers) if shown is None else min(shown, len(layers))
-    table = Table(title=f"{escape(row.name)}: the slowest {count} of {len(layers)} layers")
+def _layer_table(layers: Sequence[Any], count: int) -> Table:
+    table = Table()
     for heading in ("layer", "operator", "p50 ms", "share"):
         table.add_column(heading, justify="left" if heading in ("layer", "operator") else "right")
-    for layer in layers[:count]:
+    for layer in sorted(layers, key=lambda layer: layer.p50_ms, reverse=True)[:count]:
         table.add_row(
             escape(layer.name), layer.operator, f"{layer.p50_ms:.3f}", f"{layer.share:.1%}"
         )

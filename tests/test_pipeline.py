@@ -28,6 +28,7 @@ from edgekd import pipeline
 from edgekd.cli import app
 from edgekd.errors import MissingPackageError, ModelError, RecipeError, StateError
 from edgekd.latency.measuring import Measurement, host_name
+from edgekd.latency.profiles import import_measurement
 from edgekd.models.resnet import resnet
 from edgekd.network import Network
 from edgekd.recipe import Recipe
@@ -347,6 +348,46 @@ def test_what_is_not_measured_is_not_within_a_budget(project, tmp_path, calls):
         project, "1s", "budget.require_measured=true", targets=(EMULATED,)
     )  # fmt: skip
     assert not pipeline.run(strict, out=tmp_path).passed
+
+
+def test_a_measurement_by_hand_decides_and_corrects_the_choice(
+    project, tmp_path, calls, monkeypatch
+):
+    """Estimated at first; measured too slow by hand, the next run takes a smaller student."""
+    for name in ("targets", "quadrants_source.py"):
+        (tmp_path / "home").mkdir(exist_ok=True)
+        (tmp_path / "home" / name).symlink_to(project / name)
+    monkeypatch.setenv("EDGEKD_HOME", str(tmp_path / "home"))
+    recipe = budgeted(project, "50ms", targets=(EMULATED,))
+    first = pipeline.run(recipe, out=tmp_path)
+    (budget,) = first.budgets
+    assert budget.within_budget is None
+    ships = next(row for row in first.artifacts if row.ships)
+    (student,) = (tmp_path / "tiny").glob("distill-*")
+
+    def by_hand(ms: float) -> None:
+        raw = {
+            "format": 1, "target": EMULATED, "runtime": "onnxruntime", "runtime_version": "1.31",
+            "threads": 1, "clock": "wall", "date": "2026-01-01", "conditions": {},
+            "machine": {"node": "phone", "machine": "aarch64"}, "precision": ships.precision,
+            "network": Network.load(student, trust=True).architecture,
+            "files": [{"file": "model.onnx", "sha256": ships.sha256, "size_bytes": 1,
+                       "warm_up_runs": 1, "wall_ms": [ms] * 20}],
+        }  # fmt: skip
+        (tmp_path / "measurement.json").write_text(json.dumps(raw))
+        import_measurement(tmp_path / "measurement.json")
+
+    by_hand(10.0)
+    second = pipeline.run(recipe, out=tmp_path)
+    assert second.choice is not None and first.choice is not None
+    assert second.choice.chosen.member == first.choice.chosen.member
+    assert second.choice.chosen.prices[0].measured_ms == 10.0
+    (budget,) = second.budgets
+    assert (budget.measured_ms, budget.within_budget) == (10.0, True)
+    by_hand(80.0)
+    third = pipeline.run(recipe, out=tmp_path)
+    assert third.choice is not None
+    assert third.choice.chosen.member.params < first.choice.chosen.member.params
 
 
 def test_a_choice_without_a_budget_is_refused(project, tmp_path):

@@ -92,6 +92,7 @@ class Measurement(_Frozen):
         trust: "drift" where the last third of the runs differs from the first by more than noise,
             "throttled" where the clocks fell or the device got hotter as well.
         repeats: measurements before this one that were not steady.
+        warm_up_steady: whether the warm-up ended because two windows in a row agreed.
     """
 
     target: str
@@ -124,18 +125,20 @@ class Measurement(_Frozen):
     rest: str = ""
     trust: Trust | None = None
     repeats: int = 0
+    warm_up_steady: bool = True
 
 
 # ---- what a device gives back --------------------------------------------------------------------
 
 
 class Profiled(_Frozen):
-    """A profile as the runtime wrote it; `whole_ms`: the median run while it did."""
+    """A profile as the runtime wrote it, and the median run while it did, by either clock."""
 
     format: Literal["tensorrt", "onnxruntime", "openvino", "litert"]
     text: str
     info: str | None = None
-    whole_ms: float | None = None
+    wall_ms: float | None = None
+    cpu_ms: float | None = None
 
 
 class RawFile(_Frozen):
@@ -215,8 +218,8 @@ class RawMeasurement(_Frozen):
                     include={"target", "runtime", "runtime_version", "threads", "clock", "date"}
                 ),
                 **file.model_dump(
-                    include={"sha256", "size_bytes", "warm_up_runs", "load_ms", "load_memory_mib",
-                             "peak_memory_mib", "energy_mj"}
+                    include={"sha256", "size_bytes", "warm_up_runs", "warm_up_steady", "load_ms",
+                             "load_memory_mib", "peak_memory_mib", "energy_mj"}
                 ),
                 **_figures(file, self.clock, self.conditions),
                 conditions=self.conditions,
@@ -244,15 +247,19 @@ def _figures(file: RawFile, clock: Clock, conditions: Conditions) -> dict[str, A
     found = _READERS[file.layers.format](file.layers)
     rest = p50 - sum(layer.p50_ms for layer in found)
     said = f"{rest / p50:.1%} of the median is outside the layers: the call, and between them"
+    if rest < 0:
+        said = f"the layers add up to {-rest / p50:.1%} more than the median: profiling costs time"
     if file.compute_ms:
         copies = float(np.median(np.subtract(file.wall_ms, file.compute_ms)))
         said += f"; copies to and from the GPU take {copies:.3f} ms"
-    if rest < 0:
-        said = f"the layers add up to {-rest / p50:.1%} more than the median: profiling costs time"
+    whole = file.layers.cpu_ms if clock == "cpu" else file.layers.wall_ms
+    if whole is not None:
+        said += f"; a run took {whole:.3f} ms while profiling"
     if clock == "cpu":
-        said += "; layers are by the wall clock, the median is of CPU time"
-    if (whole := file.layers.whole_ms) is not None:
-        said += f"; a run took {whole:.3f} ms by the wall clock while profiling"
+        said += (
+            "; the host was busy: whole runs are interrupted and find their caches cold, most of a "
+            "layer's are not"
+        )
     return figures | {"layers": tuple(found), "rest_ms": rest, "rest": said}
 
 

@@ -98,7 +98,7 @@ def profile_of(layers: list[tuple[str, str, float]]) -> dict[str, Any]:
         for n, op, ms in layers
     ]
     text = json.dumps([*events, {"cat": "Session", "name": "model_run", "dur": 1, "args": {}}])
-    return {"format": "onnxruntime", "text": text, "info": None, "whole_ms": 52.0}
+    return {"format": "onnxruntime", "text": text, "info": None, "wall_ms": 52.0, "cpu_ms": 26.0}
 
 
 def test_the_rest_is_what_the_layers_do_not_tell():
@@ -106,7 +106,9 @@ def test_the_rest_is_what_the_layers_do_not_tell():
     assert [(layer.name, layer.operator) for layer in m.layers] == [x[:2] for x in LAYERS]
     assert m.rest_ms == pytest.approx(m.p50_ms - 48.5)
     assert m.rest.startswith("4.0% of the median is outside the layers")
-    assert "52.000 ms" in m.rest
+    assert "a run took 52.000 ms while profiling" in m.rest and "busy" not in m.rest
+    busy = measured(raw("cpu", layers=profile_of([("conv", "Conv", 20.0)])))
+    assert "26.000 ms while profiling; the host was busy" in busy.rest
     copies = measured(raw(layers=profile_of(LAYERS), compute_ms=[c - 0.5 for c in range(1, 101)],
                           wall_ms=[float(c) for c in range(1, 101)]))  # fmt: skip
     assert "copies to and from the GPU take 0.500 ms" in copies.rest

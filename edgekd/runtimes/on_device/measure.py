@@ -74,8 +74,15 @@ def median_interval(samples):
 
 
 def settled(samples):
+    """Whether the median is known: its interval is narrow, and both halves of the runs agree.
+
+    The interval alone takes the runs for independent, and a busy host has its good seconds.
+    """
+    wanted, half = WANTED * median(samples), len(samples) // 2
     low, high = median_interval(samples)
-    return high - low <= 2 * WANTED * median(samples)
+    return (
+        high - low <= 2 * wanted and abs(median(samples[:half]) - median(samples[half:])) <= wanted
+    )
 
 
 def clock_of(timed, threads):
@@ -447,12 +454,10 @@ def measure_in_process(job, paths):
 # ---- layers: in a pass of their own, since profiling slows what is timed -------------------------
 
 
-def profiled(call):
-    """The median wall time in ms of the runs that a profile is made of."""
-    began, wall = time.monotonic(), []
-    while len(wall) < LAYER_RUNS and (len(wall) < 3 or time.monotonic() - began < LAYER_SECONDS):
-        wall.append(timed_run(call)[0])
-    return median(wall)
+def profile_of(kind, text, runs):
+    """A profile as the runtime wrote it, and the median run while it did, by either clock."""
+    wall, cpu = zip(*runs)
+    return {"format": kind, "text": text, "wall_ms": median(wall), "cpu_ms": median(cpu)}
 
 
 def onnxruntime_layers(job, path):
@@ -461,7 +466,11 @@ def onnxruntime_layers(job, path):
     with tempfile.TemporaryDirectory() as folder:
         prefix = os.path.join(folder, "profile")
         session = infer.onnxruntime_session(path, job, job["threads"], prefix)
-        whole = profiled(with_inputs(*infer.of_session(session), path=path))
+        call, began, runs = with_inputs(*infer.of_session(session), path=path), time.monotonic(), []
+        while len(runs) < LAYER_RUNS and (
+            len(runs) < 3 or time.monotonic() - began < LAYER_SECONDS
+        ):
+            runs.append(timed_run(call))
         events = json.loads(read(session.end_profiling()))
     kept = [  # a tenth of it
         {"cat": e["cat"], "name": e["name"], "dur": e.get("dur", 0), "args": {
@@ -469,7 +478,7 @@ def onnxruntime_layers(job, path):
         for e in events
         if e["name"] == "model_run" or e["name"].endswith("_kernel_time")
     ]  # fmt: skip
-    return {"format": "onnxruntime", "text": json.dumps(kept), "whole_ms": whole}
+    return profile_of("onnxruntime", json.dumps(kept), runs)
 
 
 def openvino_layers(job, path):
@@ -481,15 +490,15 @@ def openvino_layers(job, path):
     """
     import infer
 
-    began, requests, walls = time.monotonic(), [], []
-    while len(walls) < LAYER_RUNS and (len(walls) < 6 or time.monotonic() - began < LAYER_SECONDS):
+    began, requests, runs = time.monotonic(), [], []
+    while len(runs) < LAYER_RUNS and (len(runs) < 6 or time.monotonic() - began < LAYER_SECONDS):
         compiled = infer.openvino_model(path, job, job["threads"], profile=True)
         request = compiled.create_infer_request()
         inputs = infer.of_compiled(compiled)[1]
         call = with_inputs(lambda x, to=request: to.infer(x, share_inputs=True), inputs, path)
         before = {}
         for run in (1, 2, 3):
-            wall, _ = timed_run(call)
+            took = timed_run(call)
             infos = request.get_profiling_info()
             means = [info.real_time.total_seconds() * 1e3 for info in infos]
             if job["device"] == "CPU":
@@ -498,14 +507,14 @@ def openvino_layers(job, path):
             else:
                 times = means
             if run > 1:
-                walls.append(wall)
+                runs.append(took)
                 requests.append({"nodes": [
                     {"name": i.node_name, "node_type": i.node_type, "exec_type": i.exec_type,
                      "status": str(i.status), "real_time": "{:.3f}".format(max(ms, 0.0))}
                     for i, ms in zip(infos, times)
                 ]})  # fmt: skip
     text = json.dumps({"report_type": "detailed", "detailed_performance": requests})
-    return {"format": "openvino", "text": text, "whole_ms": median(walls)}
+    return profile_of("openvino", text, runs)
 
 
 def benchmark_model(path, threads, runs, layers):
@@ -522,7 +531,7 @@ def litert_layers(job, path):
     if tool is None:
         return None
     code, said = ran([tool, *benchmark_model(path, job["threads"], LAYER_RUNS, layers=True)])
-    return None if code else {"format": "litert", "text": said, "whole_ms": None}
+    return None if code else {"format": "litert", "text": said}
 
 
 LAYERS = {
@@ -657,7 +666,7 @@ def measure_trtexec(job, paths):
             trtexec(folders[index], *flags, *trtexec_layers(version))
             each["layers"] = {
                 "format": "tensorrt", "text": read(folders[index] + "/profile.json"),
-                "info": read(folders[index] + "/layers.json"), "whole_ms": None,
+                "info": read(folders[index] + "/layers.json"),
             }  # fmt: skip
     return version, "wall", watch.conditions(), found
 
