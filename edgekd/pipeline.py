@@ -35,8 +35,7 @@ from edgekd.data.readers import read_data
 from edgekd.errors import MissingPackageError, RecipeError, StateError
 from edgekd.files import write_atomically
 from edgekd.latency.measuring import Measurement, host_name
-from edgekd.latency.model import LatencyModel
-from edgekd.latency.profiles import imported_ms
+from edgekd.latency.profiles import imported_ms, profile_sha256
 from edgekd.models.build import build_module, load_weights, source_sha256, weights_sha256
 from edgekd.network import Network
 from edgekd.quantization.placement import describe, left_in_float
@@ -237,7 +236,7 @@ class _Run:
             "devices": recipe.devices,
             "host": host_name(),
             "image": self.data.image_shape,
-            "known": {name: LatencyModel.basis(name) for name in recipe.budget_ms},
+            "known": {name: profile_sha256(name) for name in recipe.budget_ms},
             "runtimes": {t.runtime: get_runtime(t.runtime).version() for t in self.targets},
         }
         folder = self._folder("choice", "choice", inputs)

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from edgekd.cli import app
-from edgekd.cli_profile import _conditions, _layer_table, _links, _Row, _tables
+from edgekd.cli_profile import _conditions, _layer_table, _Row, _tables
 from edgekd.errors import DeviceError, ModelError, RecipeError, StateError
 from edgekd.latency.layers import LayerTime
 from edgekd.latency.measuring import Conditions, Measurement
@@ -98,14 +98,13 @@ def test_what_is_not_the_targets(int8_artifact: Artifact):
         call(folder, "--target", "host-onnxruntime", "--device", "usb")
 
 
-def test_links_are_each_targets_or_all_ones():
-    targets = ["jetson-nano", "intel-cpu"]
-    assert _links([], targets) == dict.fromkeys(targets, "local")
-    assert _links(["ssh://a"], targets) == dict.fromkeys(targets, "ssh://a")
-    given = ["jetson-nano=ssh://me@nano", "intel-cpu=local"]
-    assert _links(given, targets) == {"jetson-nano": "ssh://me@nano", "intel-cpu": "local"}
-    with pytest.raises(RecipeError, match="jetson-tx2 is none of the targets"):
-        _links(["jetson-tx2=ssh://a"], targets)
+def test_a_link_is_one_targets_or_all_ones(int8_artifact: Artifact):
+    line = [str(int8_artifact.path), "--target", "jetson-nano", "--target", "intel-cpu"]
+    with pytest.raises(RecipeError, match="'jetson-tx2' is no target of it"):
+        call(*line, "--device", "jetson-tx2=ssh://a")
+    for device in ("usb", "intel-cpu=usb"):
+        with pytest.raises(DeviceError, match="no device 'usb'"):
+            call(*line, "--device", device)
 
 
 # ---- what it says --------------------------------------------------------------------------------

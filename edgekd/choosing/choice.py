@@ -197,7 +197,8 @@ def _prices(
         estimates = {p: models[target.name].estimate_many(nets, p) for p in ships}
         for index, into in enumerate(prices):
             known = measured.get(index, {}).get(target.name, {})
-            faster = min(ships, key=lambda p: known.get(p, estimates[p][index].p50_ms))
+            ms = known or {p: estimates[p][index].p50_ms for p in ships}
+            faster = min(ms, key=ms.__getitem__)
             into.append(
                 Price(
                     target=target.name, precision=faster, estimate=estimates[faster][index],

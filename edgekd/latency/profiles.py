@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import fcntl
+import hashlib
 import io
 import os
 from collections.abc import Iterable
@@ -98,6 +99,12 @@ def read_profile(target: str | Target) -> list[ProfileRow]:
     shipped = [folder / f"{name}.csv" for folder in reversed(data_folders("profiles"))]
     paths = dict.fromkeys([*shipped, own_file(name)])
     return [row for path in paths if path.is_file() for row in read_rows(path)]
+
+
+def profile_sha256(target: str | Target) -> str:
+    """Of all rows of a target: what its latency model is fitted to."""
+    text = "\n".join(row.model_dump_json() for row in read_profile(target))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_rows(path: Path) -> list[ProfileRow]:
