@@ -384,7 +384,7 @@ def test_a_measurement_by_hand_decides_and_corrects_the_choice(
     assert second.choice.chosen.prices[0].measured_ms == 10.0
     (budget,) = second.budgets
     assert (budget.measured_ms, budget.within_budget) == (10.0, True)
-    by_hand(80.0)
+    by_hand(52.0)
     third = pipeline.run(recipe, out=tmp_path)
     assert third.choice is not None
     assert third.choice.chosen.member.params < first.choice.chosen.member.params
