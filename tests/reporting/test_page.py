@@ -11,11 +11,16 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
+from edgekd.choosing.choice import Choice, Price, Priced
+from edgekd.choosing.members import Member
 from edgekd.latency.measuring import Measurement
+from edgekd.latency.model import Estimate
 from edgekd.quantization.sensitivity import LayerEffect, Sensitivity
+from edgekd.recipe import StudentSection
 from edgekd.reporting.page import page
 from edgekd.reporting.report import (
     ArtifactRow,
+    BudgetRow,
     ControlRow,
     DataRow,
     Latency,
@@ -145,7 +150,7 @@ def test_the_answer_comes_first():
     assert "8.0× fewer parameters" in first
     assert "host: ship fp32" in first and "runs/a/model.onnx" in first
     assert "89.00 (88.00–90.00) , -2.00 points beside the teacher" in first
-    assert "p50 0.500 ms on this host, 4.0× the speed" in first
+    assert "p50 0.500 ms (wall, 1 thread), 4.0× the speed" in first
     assert "device: nothing to ship" in first
 
 
@@ -275,3 +280,35 @@ def test_text_inside_rows_and_charts_is_text():
     assert parsed.text.count("alert('x')") > 8
     for svg in charts(parsed).values():
         assert not ET.fromstring(svg).findall(".//{*}script")
+
+
+def test_a_budget_and_the_members_beside_the_chosen_one():
+    estimate = Estimate(p50_ms=0.45, low_ms=0.4, high_ms=0.5, method="model", basis="test")
+
+    def priced(name: str, measured_ms: float | None = None) -> Priced:
+        section = StudentSection(model="edgekd/resnet")
+        member = Member(name=name, section=section, params=1000, macs=2000)
+        price = Price(
+            target="host", precision="int8", estimate=estimate, measured_ms=measured_ms
+        )  # fmt: skip
+        return Priced(member=member, prices=(price,))
+
+    chosen = priced("<medium>", 0.48)
+    choice = Choice(
+        chosen=chosen, budget_ms={"host": 0.6}, rounds=(priced("large", 0.7), chosen),
+        left_out=(priced("small"), priced("large")), considered=40,
+    )  # fmt: skip
+    budgets = [
+        BudgetRow(target="host", budget_ms=0.6, estimate=estimate, measured_ms=took,
+                  within_budget=None if took is None else took <= 0.6)
+        for took in (0.5, 0.7, None)
+    ]  # fmt: skip
+    text = Page(page(report(choice=choice, budgets=budgets[:1]))).text
+    assert "measured 0.5 ms: kept, 83% of it" in text
+    rows = text.partition("The student")[2].partition("Accuracy and size")[0]
+    assert [rows.index(name) for name in ("<medium>", "large", "small")] == sorted(
+        rows.index(name) for name in ("<medium>", "large", "small")
+    )
+    assert rows.count("large") == 1 and "measured 0.7 ms" in rows
+    assert "MISSED, 117% of it" in budgets[1].summary
+    assert "not measured: run `python measure.py`" in budgets[2].summary
