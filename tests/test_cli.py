@@ -176,6 +176,12 @@ def test_options_reach_the_pipeline(edge, recipe, tmp_path, monkeypatch):
         recipe, changes=["seed=4", "distill.lr=0.5"], targets=["intel-cpu", "android-arm64"]
     )
     assert (given["out"], given["fresh"]) == (tmp_path / "o", True)
+    edge("run", recipe, "--latency", "5ms", "--device", "ssh://me@there", "--require-measured")
+    assert given["recipe"] == Recipe.load(
+        recipe, changes=["budget.require_measured=true"], latency=["5ms"],
+        devices=["ssh://me@there"],
+    )  # fmt: skip
+    assert given["recipe"].budget.require_measured
     edge("run", recipe)
     assert given["recipe"] == Recipe.load(recipe)
     assert (given["out"], given["fresh"]) == (Path("runs"), False)

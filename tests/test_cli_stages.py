@@ -133,6 +133,26 @@ def test_profile_times_files_and_folders_in_turns(project):
     assert (first["runs"], first["p50_ms"] > 0) == (20, True)
 
 
+def test_students_are_priced_and_none_is_trained(project):
+    line = "students my.toml --target host-onnxruntime --set student.space={scale=[1,2,4]}"
+    told = json.loads(call(project, f"{line} --json"))
+    assert [row["member"]["name"] for row in told] == [
+        f"edgekd/resnet scale={scale}" for scale in (4, 2, 1)
+    ]
+    assert told[0]["member"]["params"] > told[1]["member"]["params"]
+    for row in told:
+        (price,) = row["prices"]
+        assert price["target"] == "host-onnxruntime" and price["measured_ms"] is None
+        estimate = price["estimate"]
+        assert 0 < estimate["low_ms"] <= estimate["p50_ms"] <= estimate["high_ms"]
+    assert "3 members, estimated" in call(project, line)
+    middle = told[1]["prices"][0]["estimate"]["p50_ms"]
+    inside = json.loads(call(project, f"{line} --json --latency {middle * 1000}us"))
+    assert inside == told[1:]
+    with pytest.raises(RecipeError, match="none of 3 members is inside the budget"):
+        call(project, f"{line} --latency 0.001us")
+
+
 def test_a_finished_stage_is_not_overwritten(project):
     before = (project / "student" / "weights.safetensors").read_bytes()
     with pytest.raises(StateError, match="holds a finished stage"):
