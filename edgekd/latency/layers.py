@@ -2,7 +2,9 @@
 
 Each reader takes the text as the tool wrote it and gives the layers in the order they run in.
 Where a format has several runs, a layer's time is its median over them, 0 in a run without it;
-where it has means only, the mean stands in.
+where it has means only, the mean stands in. On a busy host a long layer is interrupted in most
+runs, and runtimes time layers by the wall clock alone: there a low quantile takes the median's
+place, of the runs in which nothing came between.
 """
 
 from __future__ import annotations
@@ -12,14 +14,14 @@ import io
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from statistics import median
 from typing import Any, NamedTuple
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from edgekd.errors import StateError
 
-Json = dict[str, Any]
+BUSY_QUANTILE = 0.1
 
 
 class LayerTime(BaseModel):
@@ -28,7 +30,7 @@ class LayerTime(BaseModel):
     Attributes:
         name: as the runtime calls it.
         operator: the kind of its kernel; empty where the format does not tell.
-        p50_ms: the median over the profiled runs.
+        p50_ms: the median over the profiled runs; BUSY_QUANTILE of them if the host was busy.
         share: of the sum over all layers, 0 to 1.
         types: element types of its inputs, as far as the format tells.
     """
@@ -56,13 +58,18 @@ class RunTime(NamedTuple):
 
 
 def _layers(
-    runs: Sequence[Mapping[str, float]], kernels: Mapping[str, Kernel], source: str
+    runs: Sequence[Mapping[str, float]],
+    kernels: Mapping[str, Kernel],
+    source: str,
+    quantile: float = 0.5,
 ) -> list[LayerTime]:
-    """Medians over runs of {name: ms}; StateError where there are none."""
+    """The quantile over runs of {name: ms}; StateError where there are none."""
     names = dict.fromkeys(name for run in runs for name in run)
     if not names:
         raise StateError(f"{source} holds no layers; was it written while profiling?")
-    times = {name: median(run.get(name, 0.0) for run in runs) for name in names}
+    times = {
+        name: float(np.quantile([run.get(name, 0.0) for run in runs], quantile)) for name in names
+    }
     total = sum(times.values()) or 1.0
     return [
         LayerTime(name=name, **kernels.get(name, Kernel())._asdict(), p50_ms=ms, share=ms / total)
@@ -145,7 +152,7 @@ def trtexec_layers(text: str) -> dict[str, Kernel]:
 # ---- ONNX Runtime --------------------------------------------------------------------------------
 
 
-def onnxruntime_profile(text: str) -> list[LayerTime]:
+def onnxruntime_profile(text: str, *, quantile: float = 0.5) -> list[LayerTime]:
     """Of a session with `enable_profiling`: the kernels' times in each `model_run`."""
     runs: list[_Run] = []
     kernels: dict[str, Kernel] = {}
@@ -161,7 +168,7 @@ def onnxruntime_profile(text: str) -> list[LayerTime]:
             shapes = given.get("input_type_shape", ())
             types = tuple(kind for shape in shapes for kind in shape)
             kernels[unique] = Kernel(str(given.get("op_name", "")), types)
-    return _layers(runs, kernels, "ONNX Runtime's profile")
+    return _layers(runs, kernels, "ONNX Runtime's profile", quantile)
 
 
 def onnxruntime_times(result: str) -> list[float]:
@@ -198,7 +205,7 @@ def onnxruntime_perf_test(output: str) -> dict[str, float]:
 # ---- OpenVINO ------------------------------------------------------------------------------------
 
 
-def openvino_counters(text: str) -> list[LayerTime]:
+def openvino_counters(text: str, *, quantile: float = 0.5) -> list[LayerTime]:
     """Of `benchmark_app`'s detailed or average counters, CSV or JSON; one run a request.
 
     What the Python API's `get_profiling_info` gives is written in the same JSON by measure.py.
@@ -225,7 +232,7 @@ def openvino_counters(text: str) -> list[LayerTime]:
                 types = re.findall(r"_([a-z]+\d+)$", kernel)
                 kernels[run.add(name, float(ms))] = Kernel(operator, tuple(types))
         runs.append(run)
-    return _layers(runs, kernels, source)
+    return _layers(runs, kernels, source, quantile)
 
 
 def _openvino_csv(text: str) -> Iterable[list[tuple[str, str, str, str, str]]]:

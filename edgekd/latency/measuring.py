@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from edgekd.errors import StateError, describe_invalid
 from edgekd.latency import layers
-from edgekd.latency.layers import LayerTime
+from edgekd.latency.layers import BUSY_QUANTILE, LayerTime
 from edgekd.runtimes.on_device.measure import median_interval
 from edgekd.target import host_instruction_set
 
@@ -89,6 +89,7 @@ class Measurement(_Frozen):
         layers: in the order they run in, from a pass of their own; empty where not asked for, or
             the runtime does not tell.
         rest_ms, rest: p50_ms less the sum over the layers, and what it is.
+        profiled_p50_ms: the median run while the layers were timed, by the same clock.
         trust: "drift" where the last third of the runs differs from the first by more than noise,
             "throttled" where the clocks fell or the device got hotter as well.
         repeats: measurements before this one that were not steady.
@@ -123,6 +124,7 @@ class Measurement(_Frozen):
     layers: tuple[LayerTime, ...] = ()
     rest_ms: float | None = None
     rest: str = ""
+    profiled_p50_ms: float | None = None
     trust: Trust | None = None
     repeats: int = 0
     warm_up_steady: bool = True
@@ -238,7 +240,7 @@ def _figures(file: RawFile, clock: Clock, conditions: Conditions) -> dict[str, A
     }  # fmt: skip
     if file.layers is None:
         return figures
-    found = _READERS[file.layers.format](file.layers)
+    found = _READERS[file.layers.format](file.layers, BUSY_QUANTILE if clock == "cpu" else 0.5)
     rest = p50 - sum(layer.p50_ms for layer in found)
     said = f"{rest / p50:.1%} of the median is outside the layers: the call, and between them"
     if rest < 0:
@@ -251,17 +253,19 @@ def _figures(file: RawFile, clock: Clock, conditions: Conditions) -> dict[str, A
         said += f"; a run took {whole:.3f} ms while profiling"
     if clock == "cpu":
         said += (
-            "; the host was busy: whole runs are interrupted and find their caches cold, most of a "
-            "layer's are not"
+            f"; the host was busy: a layer's time is the {BUSY_QUANTILE:.0%} quantile of its runs, "
+            "of those that nothing interrupted, and whole runs find their caches cold"
         )
-    return figures | {"layers": tuple(found), "rest_ms": rest, "rest": said}
+    return figures | {
+        "layers": tuple(found), "rest_ms": rest, "rest": said, "profiled_p50_ms": whole,
+    }  # fmt: skip
 
 
-_READERS: dict[str, Callable[[Profiled], list[LayerTime]]] = {
-    "tensorrt": lambda p: layers.trtexec_profile(p.text, p.info),
-    "onnxruntime": lambda p: layers.onnxruntime_profile(p.text),
-    "openvino": lambda p: layers.openvino_counters(p.text),
-    "litert": lambda p: layers.litert_ops(p.text),
+_READERS: dict[str, Callable[[Profiled, float], list[LayerTime]]] = {
+    "tensorrt": lambda p, _: layers.trtexec_profile(p.text, p.info),
+    "onnxruntime": lambda p, quantile: layers.onnxruntime_profile(p.text, quantile=quantile),
+    "openvino": lambda p, quantile: layers.openvino_counters(p.text, quantile=quantile),
+    "litert": lambda p, _: layers.litert_ops(p.text),
 }
 
 

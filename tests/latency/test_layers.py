@@ -119,6 +119,8 @@ def test_onnxruntimes_profile_of_several_runs():
     ]  # fmt: skip
     assert [x.p50_ms for x in found] == pytest.approx([0.02, 0.005, 0.008])
     assert found[0].types == ("uint8", "float")
+    low = layers.onnxruntime_profile(json.dumps(events), quantile=0.1)
+    assert low[0].p50_ms == pytest.approx(np.quantile([0.03, 0.01, 0.02], 0.1))
     with pytest.raises(StateError, match="not whole"):
         layers.onnxruntime_profile(json.dumps(events)[:-9])
     with pytest.raises(StateError, match="no layers"):
