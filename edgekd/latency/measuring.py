@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from edgekd.errors import StateError, describe_invalid
 from edgekd.latency import layers
-from edgekd.latency.layers import BUSY_QUANTILE, LayerTime
+from edgekd.latency.layers import LayerTime
 from edgekd.runtimes.on_device.measure import median_interval
 from edgekd.target import host_instruction_set
 
@@ -240,7 +240,7 @@ def _figures(file: RawFile, clock: Clock, conditions: Conditions) -> dict[str, A
     }  # fmt: skip
     if file.layers is None:
         return figures
-    found = _READERS[file.layers.format](file.layers, BUSY_QUANTILE if clock == "cpu" else 0.5)
+    found = _READERS[file.layers.format](file.layers, clock == "cpu")
     rest = p50 - sum(layer.p50_ms for layer in found)
     said = f"{rest / p50:.1%} of the median is outside the layers: the call, and between them"
     if rest < 0:
@@ -253,18 +253,18 @@ def _figures(file: RawFile, clock: Clock, conditions: Conditions) -> dict[str, A
         said += f"; a run took {whole:.3f} ms while profiling"
     if clock == "cpu":
         said += (
-            f"; the host was busy: a layer's time is the {BUSY_QUANTILE:.0%} quantile of its runs, "
-            "of those that nothing interrupted, and whole runs find their caches cold"
+            "; the host was busy: layers are of the runs that nothing interrupted, whole runs find "
+            "their caches cold"
         )
     return figures | {
         "layers": tuple(found), "rest_ms": rest, "rest": said, "profiled_p50_ms": whole,
     }  # fmt: skip
 
 
-_READERS: dict[str, Callable[[Profiled, float], list[LayerTime]]] = {
+_READERS: dict[str, Callable[[Profiled, bool], list[LayerTime]]] = {
     "tensorrt": lambda p, _: layers.trtexec_profile(p.text, p.info),
-    "onnxruntime": lambda p, quantile: layers.onnxruntime_profile(p.text, quantile=quantile),
-    "openvino": lambda p, quantile: layers.openvino_counters(p.text, quantile=quantile),
+    "onnxruntime": lambda p, busy: layers.onnxruntime_profile(p.text, busy=busy),
+    "openvino": lambda p, busy: layers.openvino_counters(p.text, busy=busy),
     "litert": lambda p, _: layers.litert_ops(p.text),
 }
 
