@@ -244,7 +244,10 @@ def _figures(file: RawFile, clock: Clock, conditions: Conditions) -> dict[str, A
     rest = p50 - sum(layer.p50_ms for layer in found)
     said = f"{rest / p50:.1%} of the median is outside the layers: the call, and between them"
     if rest < 0:
-        said = f"the layers add up to {-rest / p50:.1%} more than the median: profiling costs time"
+        said = (
+            f"the layers add up to {-rest / p50:.1%} more than the median: profiling costs time, "
+            "or something else ran meanwhile"
+        )
     if file.compute_ms:
         copies = float(np.median(np.subtract(file.wall_ms, file.compute_ms)))
         said += f"; copies to and from the GPU take {copies:.3f} ms"
