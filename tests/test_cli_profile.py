@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from edgekd.cli import app
-from edgekd.cli_profile import _conditions, _layer_table, _Row, _tables
+from edgekd.cli_profile import _conditions, _layer_table, _links, _Row, _tables
 from edgekd.errors import DeviceError, ModelError, RecipeError, StateError
 from edgekd.latency.layers import LayerTime
 from edgekd.latency.measuring import Conditions, Measurement
@@ -100,31 +100,14 @@ def test_what_is_not_the_targets(int8_artifact: Artifact):
         call(folder, "--target", "host-onnxruntime", "--device", "usb")
 
 
-@pytest.mark.parametrize(
-    ("given", "wanted"),
-    [
-        ([], ["local", "local"]),
-        (["ssh://a"], ["ssh://a", "ssh://a"]),
-        (["jetson-nano=ssh://me@nano", "intel-cpu=local"], ["ssh://me@nano", "local"]),
-        (["intel-cpu=adb://x"], ["local", "adb://x"]),
-    ],
-)
-def test_links_are_each_targets_or_all_ones(
-    given: list[str], wanted: list[str], fp32_artifact: Artifact, monkeypatch: pytest.MonkeyPatch
-):
-    at = []
-
-    def profile_together(paths: Any, *, device: Any, **_: Any) -> list[Measurement]:
-        at.append(device.address)
-        return [row().measured for _ in paths]
-
-    monkeypatch.setattr("edgekd.stages.profile.profile_together", profile_together)
-    targets = ["--target", "jetson-nano", "--target", "intel-cpu"]
-    links = [word for link in given for word in ("--device", link)]
-    call(str(fp32_artifact.path), *targets, *links)
-    assert at == wanted
-    with pytest.raises(RecipeError, match="jetson-tx2"):
-        call(str(fp32_artifact.path), *targets, "--device", "jetson-tx2=ssh://a")
+def test_links_are_each_targets_or_all_ones():
+    targets = ["jetson-nano", "intel-cpu"]
+    assert _links([], targets) == dict.fromkeys(targets, "local")
+    assert _links(["ssh://a"], targets) == dict.fromkeys(targets, "ssh://a")
+    given = ["jetson-nano=ssh://me@nano", "intel-cpu=local"]
+    assert _links(given, targets) == {"jetson-nano": "ssh://me@nano", "intel-cpu": "local"}
+    with pytest.raises(RecipeError, match="jetson-tx2 is none of the targets"):
+        _links(["jetson-tx2=ssh://a"], targets)
 
 
 # ---- what it says --------------------------------------------------------------------------------
