@@ -148,19 +148,11 @@ def exports(folder: Path, target: Target) -> list[Path]:
     Raises:
         StateError: none.
     """
-    made = sorted(folder.glob(f"export-{target.name}-*/"))
-    # "export-a-b-…" is also of a target "a"
-    made = [path for path in made if _target_of(path) == target.name]
+    named = f"export-{target.name}-{'[0-9a-f]' * 12}"
+    made = [path for path in sorted(folder.glob(named)) if (path / "done.json").is_file()]
     if not made:
-        raise StateError(f"{folder} holds no artifact for {target.name}; run it, or edgekd export")
+        raise StateError(
+            f"{folder} holds no artifact for {target.name}; add it to the recipe and run that, or "
+            f"run: edgekd export {folder} --target {target.name} --out FOLDER"
+        )
     return made
-
-
-def _target_of(folder: Path) -> str | None:
-    if not (folder / "done.json").is_file():
-        return None
-    try:
-        found: str | None = json.loads((folder / "artifact.json").read_text()).get("target")
-    except (OSError, ValueError, AttributeError):
-        return None
-    return found

@@ -71,12 +71,15 @@ def repeatability(artifact: edgekd.Artifact, repeats: int, runs: int) -> dict[st
 def layers(artifact: edgekd.Artifact, runs: int) -> dict[str, Any]:
     """The sum over the layers beside the whole."""
     m = edgekd.profile(artifact, target=artifact.target, runs=runs, layers=True)
-    assert m.rest_ms is not None
+    assert m.rest_ms is not None and m.profiled_p50_ms is not None
+    total = sum(layer.p50_ms for layer in m.layers)
     return {
         "target": m.target, "layers": len(m.layers), "p50_ms": m.p50_ms, "clock": m.clock,
-        "sum_ms": sum(layer.p50_ms for layer in m.layers), "rest_ms": m.rest_ms,
-        "rest_share": m.rest_ms / m.p50_ms, "rest": m.rest, "runs": m.runs, "trust": m.trust,
-        "repeats": m.repeats, "runtime_version": m.runtime_version,
+        "sum_ms": total, "rest_ms": m.rest_ms, "rest_share": m.rest_ms / m.p50_ms,
+        "profiled_p50_ms": m.profiled_p50_ms,
+        "rest_share_while_profiling": 1 - total / m.profiled_p50_ms, "rest": m.rest,
+        "runs": m.runs, "trust": m.trust, "repeats": m.repeats,
+        "runtime_version": m.runtime_version,
     }  # fmt: skip
 
 

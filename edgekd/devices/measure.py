@@ -22,7 +22,7 @@ from edgekd.target import Target
 
 AGENT = "edgekd/agent"  # where measure.py and its jobs are
 LONGEST_SECONDS = 20.0  # of the timed runs of all files together
-SETTING_UP_SECONDS = 1800.0  # to load, warm up and profile them
+JOB_SECONDS = 1800.0  # with loading, warming up and profiling
 
 
 def measure_on(
@@ -58,13 +58,13 @@ def measure_on(
         "providers": target.providers, "files": files, "runs": runs, "seconds": LONGEST_SECONDS,
         "threads": threads, "layers": layers, "lock_clocks": lock_clocks,
     }  # fmt: skip
-    with Progress(f"measuring on {facts.host}", None):
-        if facts.python is None:
+    if facts.python is None:
+        with Progress(f"measuring on {facts.host}", None):
             return measure_by_binary(link, job, paths, AGENT, facts)
-        return _by_agent(link, job, len(files))
+    return _by_agent(link, job, facts.host)
 
 
-def _by_agent(link: Device, job: dict[str, Any], count: int) -> RawMeasurement:
+def _by_agent(link: Device, job: dict[str, Any], host: str) -> RawMeasurement:
     text = json.dumps(job)
     name = hashlib.sha256(text.encode()).hexdigest()[:12]
     given, result = f"job-{name}.json", f"measurement-{name}.json"
@@ -73,11 +73,12 @@ def _by_agent(link: Device, job: dict[str, Any], count: int) -> RawMeasurement:
             shutil.copy(Path(on_device.__path__[0]) / script, staged)
         (Path(staged) / given).write_text(text)
         link.push(Path(staged), AGENT)
-        building = BUILD_SECONDS if job["runtime"] == "tensorrt" else 0.0
-        ran = link.run(
-            ["python3", "measure.py", "--job", given, "--out", result], cwd=AGENT,
-            timeout=SETTING_UP_SECONDS + count * (building + LONGEST_SECONDS),
-        )  # fmt: skip
+        building = BUILD_SECONDS * len(job["files"]) if job["runtime"] == "tensorrt" else 0.0
+        with Progress(f"measuring on {host}", None):
+            ran = link.run(
+                ["python3", "measure.py", "--job", given, "--out", result], cwd=AGENT,
+                timeout=JOB_SECONDS + building,
+            )  # fmt: skip
         if ran.exit_code in (137, -9):
             raise DeviceError(f"{link.address} ran out of memory; end other programs there")
         if ran.exit_code != 0:

@@ -89,6 +89,7 @@ class Measurement(_Frozen):
         layers: in the order they run in, from a pass of their own; empty where not asked for, or
             the runtime does not tell.
         rest_ms, rest: p50_ms less the sum over the layers, and what it is.
+        profiled_p50_ms: the median run while the layers were timed, by the same clock.
         trust: "drift" where the last third of the runs differs from the first by more than noise,
             "throttled" where the clocks fell or the device got hotter as well.
         repeats: measurements before this one that were not steady.
@@ -123,6 +124,7 @@ class Measurement(_Frozen):
     layers: tuple[LayerTime, ...] = ()
     rest_ms: float | None = None
     rest: str = ""
+    profiled_p50_ms: float | None = None
     trust: Trust | None = None
     repeats: int = 0
     warm_up_steady: bool = True
@@ -244,11 +246,14 @@ def _figures(file: RawFile, clock: Clock, conditions: Conditions) -> dict[str, A
     }  # fmt: skip
     if file.layers is None:
         return figures
-    found = _READERS[file.layers.format](file.layers)
+    found = _READERS[file.layers.format](file.layers, clock == "cpu")
     rest = p50 - sum(layer.p50_ms for layer in found)
     said = f"{rest / p50:.1%} of the median is outside the layers: the call, and between them"
     if rest < 0:
-        said = f"the layers add up to {-rest / p50:.1%} more than the median: profiling costs time"
+        said = (
+            f"the layers add up to {-rest / p50:.1%} more than the median: profiling costs time, "
+            "or something else ran meanwhile"
+        )
     if file.compute_ms:
         copies = float(np.median(np.subtract(file.wall_ms, file.compute_ms)))
         said += f"; copies to and from the GPU take {copies:.3f} ms"
@@ -257,17 +262,19 @@ def _figures(file: RawFile, clock: Clock, conditions: Conditions) -> dict[str, A
         said += f"; a run took {whole:.3f} ms while profiling"
     if clock == "cpu":
         said += (
-            "; the host was busy: whole runs are interrupted and find their caches cold, most of a "
-            "layer's are not"
+            "; the host was busy: layers are of the runs that nothing interrupted, whole runs find "
+            "their caches cold"
         )
-    return figures | {"layers": tuple(found), "rest_ms": rest, "rest": said}
+    return figures | {
+        "layers": tuple(found), "rest_ms": rest, "rest": said, "profiled_p50_ms": whole,
+    }  # fmt: skip
 
 
-_READERS: dict[str, Callable[[Profiled], list[LayerTime]]] = {
-    "tensorrt": lambda p: layers.trtexec_profile(p.text, p.info),
-    "onnxruntime": lambda p: layers.onnxruntime_profile(p.text),
-    "openvino": lambda p: layers.openvino_counters(p.text),
-    "litert": lambda p: layers.litert_ops(p.text),
+_READERS: dict[str, Callable[[Profiled, bool], list[LayerTime]]] = {
+    "tensorrt": lambda p, _: layers.trtexec_profile(p.text, p.info),
+    "onnxruntime": lambda p, busy: layers.onnxruntime_profile(p.text, busy=busy),
+    "openvino": lambda p, busy: layers.openvino_counters(p.text, busy=busy),
+    "litert": lambda p, _: layers.litert_ops(p.text),
 }
 
 

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from edgekd.devices import binaries
 from edgekd.devices.base import get_device
 from edgekd.errors import DeviceError
+from edgekd.stages.profile import profile
 
 NASTY = "a b'c\"d;$(touch oops)`touch oops`&|<>*?~!#\\ é"
 # /data/local/tmp is $ROOT; `broken` says what adb says instead, `full` fills the disk
@@ -136,6 +138,22 @@ def test_a_file_is_fetched_whole_or_not_at_all(phone: Path, bundle: Path, tmp_pa
     with pytest.raises(DeviceError, match="No such file"):
         device.fetch("absent", tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+def test_a_model_is_measured_by_the_runtimes_binary(
+    phone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(binaries, "CALLS", 2)
+    for place, script in (
+        (tmp_path / "bin" / "python3", "exit 127"),
+        (phone / "benchmark_model", "[ -f model.tflite ] && echo 'Timings (microseconds): count=50 "
+         "first=9 curr=9 min=8 max=12 avg=10 std=1 p5=8 median=9 p95=11'"),
+    ):  # fmt: skip
+        place.write_text(f"#!/bin/sh\n{script}\n")
+        place.chmod(0o755)
+    (tmp_path / "model.tflite").write_bytes(b"a model")
+    m = profile(tmp_path / "model.tflite", target="android-litert", device="adb://serial-1")
+    assert (m.p50_ms, m.runs, m.device, m.origin) == (0.009, 2, "adb://serial-1", "device")
 
 
 # what adb printed in reports of these faults -> the remedy

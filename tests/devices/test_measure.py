@@ -6,6 +6,7 @@ Where the link does not matter, the device is a folder of this machine.
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import shutil
 import sys
@@ -19,6 +20,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from rich.console import Console
 
 from edgekd.devices import binaries
 from edgekd.devices.base import DeviceFacts
@@ -27,6 +29,7 @@ from edgekd.devices.local import LocalDevice
 from edgekd.errors import DeviceError
 from edgekd.latency.measuring import Measurement
 from edgekd.network import Network
+from edgekd.reporting import progress
 from edgekd.runtimes.base import Artifact
 from edgekd.stages.export import export
 from edgekd.stages.profile import profile, profile_together
@@ -106,8 +109,10 @@ def hashes(home: Path) -> dict[str, str]:
 
 
 def test_a_device_is_measured_by_its_own_python(
-    remote: Any, int8_artifact: Artifact, fp32_artifact: Artifact
+    remote: Any, int8_artifact: Artifact, fp32_artifact: Artifact, monkeypatch: pytest.MonkeyPatch
 ):
+    # a terminal takes one bar at a time
+    monkeypatch.setattr(progress, "console", Console(force_terminal=True, file=io.StringIO()))
     given = [int8_artifact, fp32_artifact.path]
     first, second = profile_together(
         given, target="host-onnxruntime", device=remote.address, runs=20, layers=True

@@ -106,6 +106,7 @@ def test_the_rest_is_what_the_layers_do_not_tell():
     assert [(layer.name, layer.operator) for layer in m.layers] == [x[:2] for x in LAYERS]
     assert m.rest_ms == pytest.approx(m.p50_ms - 48.5)
     assert m.rest.startswith("4.0% of the median is outside the layers")
+    assert m.profiled_p50_ms == 52
     assert "a run took 52.000 ms while profiling" in m.rest and "busy" not in m.rest
     busy = measured(raw("cpu", layers=profile_of([("conv", "Conv", 20.0)])))
     assert "26.000 ms while profiling; the host was busy" in busy.rest

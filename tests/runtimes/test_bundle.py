@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import types
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import nn
 
+from edgekd.latency.measuring import RawMeasurement
 from edgekd.network import Network
 from edgekd.runtimes.base import Artifact, get_runtime
 from edgekd.runtimes.integer_ends import IntegerEnd
@@ -279,6 +281,9 @@ def test_the_apps_snippets_are_filled_in(phone: Artifact, trained: Network, tmp_
     assert '["input": tensor], outputNames: ["output"]' in swift
 
 
+PACKAGES = {"litert_torch": "ai-edge-litert", "executorch": "executorch"}  # that run the file
+
+
 @pytest.mark.parametrize(
     ("target", "package", "snippet"),
     [
@@ -303,3 +308,8 @@ def test_a_phones_bundle_checks_itself(
     assert json.loads(ran.stdout.strip().splitlines()[-1])["passed"] is True
     if snippet is not None:
         assert "@" not in (tmp_path / snippet).read_text()
+    command = [sys.executable, "-W", "ignore", "measure.py", "--runs", "20"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    (m,) = RawMeasurement.read(tmp_path / "measurement.json").measurements(device="phone")
+    assert (m.runs, m.runtime_version) == (20, version(PACKAGES[package]))

@@ -39,7 +39,7 @@ WINDOW_RUNS, WINDOW_SECONDS = 10, 0.5  # of the warm-up, whose medians are compa
 WARM_UP_SECONDS, LONGEST_WARM_UP = 0.3, 5.0
 STEADY = 0.02  # medians of two windows in a row that agree within this end the warm-up
 TURN_RUNS = 5
-LEAST_RUNS, RUNS_TO_SETTLE = 20, 100  # before the time, and before the interval, may end the runs
+LEAST_RUNS, RUNS_TO_SETTLE = 20, 200  # before the time, and before the interval, may end the runs
 WANTED = 0.01  # half-width of the median's 95 % interval, as a share of the median
 BUSY = 1.05  # wall / CPU time above which the host counts as busy
 WATCH_SECONDS = 0.1
@@ -569,12 +569,13 @@ def ran(command, folder=None):
 
 def failure(what, code, log):
     """Why a tool failed, and the remedy."""
-    if code in (137, -9) or OUT_OF_MEMORY.search(log):
+    last = "\n".join(log.splitlines()[-30:])  # before, trtexec tells of tactics that did not fit
+    if code in (137, -9) or OUT_OF_MEMORY.search(last):
         return (
             "{} ran out of memory; end other programs, add swap, or lower the workspace in "
             "build_engine.sh".format(what)
         )
-    if "no space left on device" in log.lower():
+    if "no space left on device" in last.lower():
         return "{}: the disk is full; make room there and try again".format(what)
     return "{} failed with {}: {}".format(what, code, "\n".join(log.splitlines()[-10:]))
 
