@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from edgekd.cli_profile import profile
 from edgekd.errors import RecipeError, StateError
 
 Folder = Annotated[
@@ -303,54 +304,6 @@ def verify(
     Console().print(table)
     if parity.gate != "passed":
         raise typer.Exit(1)
-
-
-def profile(
-    artifacts: Annotated[
-        list[Path], typer.Argument(help="Model files, or folders of artifacts; timed in turns.")
-    ],
-    target: TargetOption,
-    runs: Annotated[int, typer.Option(help="Timed runs of each, at most.")] = 300,
-    threads: Annotated[int, typer.Option(help="Threads of the runtime.")] = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Measure latency on this machine, batch 1.
-
-    Example: edgekd profile model.onnx artifact --target host-onnxruntime
-    """
-    from edgekd.runtimes.base import Artifact, fingerprint
-    from edgekd.stages.profile import profile_together
-
-    given = [Artifact.load(path) if path.is_dir() else path for path in artifacts]
-    for path in artifacts:
-        if not path.exists():
-            raise StateError(f"{path} does not exist; give a model file or an artifact's folder")
-    measured = profile_together(given, target=target, runs=runs, threads=threads)
-    if as_json:
-        print(json.dumps([m.model_dump(mode="json") for m in measured], indent=1))
-        return
-    first = measured[0]
-    table = Table(
-        title=f"{first.host}: {first.runtime} {first.runtime_version}, batch 1, "
-        f"{first.threads} thread(s), {first.clock} clock, {first.runs} runs"
-    )
-    for heading in (
-        "file",
-        "p50 ms",
-        "p90 ms",
-        "p99 ms",
-        "load ms",
-        "file KiB",
-        "loaded MiB",
-        "peak MiB",
-    ):
-        table.add_column(heading, justify="left" if heading == "file" else "right")
-    for path, m in zip(artifacts, measured, strict=True):
-        size = fingerprint(path if path.is_file() else Artifact.read(path).path)[1] / 1024
-        memory = ("" if x is None else f"{x:.1f}" for x in (m.load_memory_mib, m.peak_memory_mib))
-        figures = (f"{x:.3f}" for x in (m.p50_ms, m.p90_ms, m.p99_ms, m.load_ms))
-        table.add_row(str(path), *figures, f"{size:.0f}", *memory)
-    Console().print(table)
 
 
 STAGES = (distill, prune, quantize, export, verify, profile)

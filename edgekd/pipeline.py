@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 from torch.fx import GraphModule
 
@@ -561,7 +562,9 @@ class _OfSession(nn.Module):
 def _kept_measurement(path: Path) -> Measurement | None:
     if not path.is_file():
         return None
-    return Measurement.model_validate_json(path.read_text())
+    with contextlib.suppress(ValidationError):  # measure.py, run by hand, writes its own there
+        return Measurement.model_validate_json(path.read_text())
+    return None
 
 
 @contextlib.contextmanager

@@ -140,3 +140,19 @@ def _takes(target: Target, folder: Path) -> bool:
     if scheme is None:
         return target.float_precision is not None
     return target.scheme is not None and scheme.fits(target.scheme)
+
+
+def exports(folder: Path, target: Target) -> list[Path]:
+    """The folders of the artifacts that a run made for `target`.
+
+    Raises:
+        StateError: none.
+    """
+    named = f"export-{target.name}-{'[0-9a-f]' * 12}"
+    made = [path for path in sorted(folder.glob(named)) if (path / "done.json").is_file()]
+    if not made:
+        raise StateError(
+            f"{folder} holds no artifact for {target.name}; add it to the recipe and run that, or "
+            f"run: edgekd export {folder} --target {target.name} --out FOLDER"
+        )
+    return made

@@ -66,19 +66,24 @@ class Device(Protocol):
         """Copy one remote file, whole or not at all."""
 
 
-LINKS = {"ssh": "edgekd.devices.ssh:SshDevice"}
+LINKS = {
+    "adb": "edgekd.devices.adb:AdbDevice",
+    "local": "edgekd.devices.local:LocalDevice",
+    "ssh": "edgekd.devices.ssh:SshDevice",
+}
 
 
 def get_device(address: str) -> Device:
-    """The device at an address such as ssh://user@host:port; not reached yet.
+    """The device at "local", or at an address such as ssh://user@host:port; not reached yet.
 
     Raises:
         DeviceError: no such kind of link, or an address that is none.
     """
     kind, separator, _ = address.partition("://")
-    if not separator or kind not in LINKS:
+    if kind not in LINKS or bool(separator) == (kind == "local"):
         raise DeviceError(
-            f"no device {address!r}{nearest(kind, LINKS)}; an address is ssh://user@host:port"
+            f"no device {address!r}{nearest(kind, LINKS)}; an address is local, "
+            "ssh://user@host:port or adb://serial"
         )
     module, _, attribute = LINKS[kind].partition(":")
     device: Device = getattr(importlib.import_module(module), attribute)(address)

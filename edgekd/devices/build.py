@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -13,6 +12,7 @@ from edgekd.errors import DeviceError, TargetError
 from edgekd.files import write_atomically
 from edgekd.latency.measuring import today
 from edgekd.runtimes.base import Artifact
+from edgekd.runtimes.on_device.measure import BUILD, tensorrt_version
 
 SCRIPT, CHECKER, LOG, RECORD = "build_engine.sh", "infer.py", "build.log", "device.json"
 BUILD_SECONDS, CHECK_SECONDS = 3600.0, 600.0
@@ -48,9 +48,15 @@ class DeviceBuild(BaseModel):
     reason: str | None = None
 
 
+def remote_folder(target: str, sha256: str) -> str:
+    """Where an artifact's files are on a device: its engine too, which is built once."""
+    return f"edgekd/{target}-{sha256[:12]}"
+
+
 def build_on(artifact: Artifact, *, device: str | Device) -> DeviceBuild:
     """Copy the artifact to the device, build its engine there and check its outputs there.
 
+    An engine of the same file, script and trtexec is not built again.
     `build.log` and `device.json` appear beside the artifact. Started again, what has arrived stays.
 
     Args:
@@ -77,11 +83,9 @@ def build_on(artifact: Artifact, *, device: str | Device) -> DeviceBuild:
             f"{link.address} has {facts.free_mib} MiB of free disk; {needed} MiB are needed: make "
             "room there"
         )
-    folder = f"edgekd/{artifact.target}-{artifact.sha256[:12]}"
+    folder = remote_folder(artifact.target, artifact.sha256)
     link.push(bundle, folder)
-    ran = link.run(
-        ["sh", "-c", f"sh {SCRIPT} > {LOG} 2>&1"], cwd=folder, timeout=BUILD_SECONDS
-    )  # fmt: skip
+    ran = link.run(["sh", "-c", BUILD], cwd=folder, timeout=BUILD_SECONDS)
     link.fetch(f"{folder}/{LOG}", bundle / LOG)
     log = (bundle / LOG).read_text(errors="replace")
     common: dict[str, Any] = {
@@ -106,20 +110,6 @@ def build_on(artifact: Artifact, *, device: str | Device) -> DeviceBuild:
         )  # fmt: skip
     write_atomically(bundle / RECORD, build.model_dump_json(indent=1))
     return build
-
-
-def tensorrt_version(log: str) -> str | None:
-    """Of trtexec's first line: "v8201" is 8.2.1, and from 10 on "v101602" is 10.16.2.
-
-    >>> tensorrt_version("&&&& RUNNING TensorRT.trtexec [TensorRT v8502] # trtexec")
-    '8.5.2'
-    """
-    found = re.search(r"\[TensorRT v(\d+)\]", log)
-    if found is None:
-        return None
-    number = int(found[1])
-    major, rest = divmod(number, 10_000 if number >= 100_000 else 1_000)
-    return f"{major}.{rest // 100}.{rest % 100}"
 
 
 def _last_json(output: str) -> dict[str, Any] | None:

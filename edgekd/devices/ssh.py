@@ -1,23 +1,22 @@
 """A device over ssh: the system's OpenSSH client, with its configuration, keys and known hosts.
 
 Host keys are always checked, and nothing is asked: a key or a host that OpenSSH does not know is an
-error. On the device, constant scripts for its `sh` take what varies as arguments, quoted once for
-the login shell that OpenSSH hands the command line to.
+error. The arguments of the scripts are quoted once, for the login shell that OpenSSH hands the
+command line to.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shlex
 import shutil
 import subprocess
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from edgekd.devices import scripts
 from edgekd.devices.base import DeviceFacts, Ran
 from edgekd.errors import DeviceError
 from edgekd.files import write_atomically
@@ -38,8 +37,6 @@ OPTIONS = {
     "RequestTTY": "no", "RemoteCommand": "none",
 }  # fmt: skip
 CLIENT_FAILED = 255  # the client's own exit code
-SLACK_SECONDS = 30.0  # to connect, and for the device to end what takes too long
-QUERY_SECONDS = 120.0
 # what the client says, in lower case -> what is wrong, and the remedy
 FAILURES = {
     "remote host identification has changed":
@@ -56,42 +53,11 @@ FAILURES = {
     "connection timed out": "it does not answer; is it on, and on this network?",
 }  # fmt: skip
 
-CHECK = """
-for tool in sha256sum cat wc mv cut dirname df; do
-  command -v "$tool" >/dev/null || { echo "$tool" >&2; exit 3; }
-done
-uname -n
-uname -m
-python3 -c 'import platform; print(platform.python_version())' 2>/dev/null || echo
-df -Pk . | tail -n 1
-"""
-# for each name on its input: SHA-256 of the file, then bytes of the partial one; "-" where none is
-STATE = """
-mkdir -p -- "$1" && cd -- "$1" || exit
-while IFS= read -r name && IFS= read -r partial; do
-  if [ -f "$name" ]; then sha256sum < "$name" | cut -c 1-64; else echo -; fi
-  if [ -f "$partial" ]; then wc -c < "$partial"; else echo 0; fi
-done
-"""
 # folder, name, partial name, SHA-256, bytes, mode
-RECEIVE = """
+RECEIVE = f"""
 cd -- "$1" && mkdir -p -- "$(dirname -- "$2")" || exit
-cat >> "$3" || { code=$?; rm -f -- "$3"; exit "$code"; }
-[ $(wc -c < "$3") -ge "$5" ] || exit 4
-[ "$(sha256sum < "$3" | cut -c 1-64)" = "$4" ] || { rm -f -- "$3"; exit 5; }
-chmod "$6" -- "$3" && mv -f -- "$3" "$2"
-"""
-# folder, seconds, program and arguments; 255 is the client's own
-RUN = """
-cd -- "$1" || exit
-seconds=$2
-shift 2
-if command -v timeout >/dev/null; then set -- timeout "$seconds" "$@"; fi
-"$@"
-code=$?
-[ "$code" -ne 255 ] || code=254
-exit "$code"
-"""
+cat >> "$3" || {{ code=$?; rm -f -- "$3"; exit "$code"; }}
+{scripts.WHOLE}"""
 
 
 class SshDevice:
@@ -115,69 +81,29 @@ class SshDevice:
 
     def check(self) -> DeviceFacts:
         """What the device is."""
-        ran = self._script(CHECK)
-        if ran.exit_code == 3:
-            raise DeviceError(
-                f"{self.address} has no {ran.stderr.split()[-1]}; install coreutils there"
-            )
-        host, machine, python, disk = self._lines(ran, 4)
-        return DeviceFacts(
-            host=host, machine=machine, python=python or None,
-            free_mib=int(disk.split()[-3]) // 1024,
-        )  # fmt: skip
+        return scripts.check(self._script, self.address)
 
     def push(self, folder: Path, remote: str) -> None:
         """Copy the files of `folder` into `remote`: those that are not there, and what is left."""
-        files = {
-            path.relative_to(folder).as_posix(): path
-            for path in sorted(folder.rglob("*")) if path.is_file()
-        }  # fmt: skip
-        if broken := [name for name in files if "\n" in name]:
-            raise DeviceError(f"{broken[0]!r} has a line break in its name; rename it")
-        sums = {name: _sha256(path) for name, path in files.items()}
-        partials = {
-            name: str(Path(name).with_name(f".{Path(name).name}.{sums[name][:16]}.partial"))
-            for name in files
-        }
-        asked = "".join(f"{name}\n{partials[name]}\n" for name in files)
-        ran = self._script(STATE, remote, given=asked.encode())
-        there = self._lines(ran, 2 * len(files))
-        missing = {
-            name: int(partial)
-            for name, known, partial in zip(files, there[::2], there[1::2], strict=True)
-            if known != sums[name]
-        }
+        missing = scripts.missing(self._script, self.address, folder, remote)
         with Progress(f"to {self._host}", len(missing)) as progress:
-            for name, offset in missing.items():
-                with files[name].open("rb", buffering=0) as content:
-                    content.seek(offset)  # of the descriptor itself, which the client inherits
-                    size, mode = (x := files[name].stat()).st_size, f"{x.st_mode & 0o777:o}"
+            for file in missing:
+                with file.path.open("rb", buffering=0) as content:
+                    content.seek(file.offset)  # of the descriptor itself, which the client inherits
                     ran = self._script(
-                        RECEIVE, remote, name, partials[name], sums[name], str(size), mode,
-                        given=content, timeout=None,
-                    )  # fmt: skip
-                self._received(ran, name)
-                progress.advance(name)
-
-    def _received(self, ran: Ran, name: str) -> None:
-        if ran.exit_code == 4:
-            raise DeviceError(f"{self.address}: the link was lost in {name}; try again: it goes on")
-        if ran.exit_code == 5:
-            raise DeviceError(f"{self.address}: {name} arrived damaged and was removed; try again")
-        self._lines(ran, 0)
+                        RECEIVE, remote, *file.arguments, given=content, timeout=None
+                    )
+                scripts.received(ran, file.name, self.address)
+                progress.advance(file.name)
 
     def run(self, argv: Sequence[str], *, cwd: str = ".", timeout: float = 600.0) -> Ran:
         """Run a program; its 255 is given as 254, which the client keeps for itself."""
-        began = time.monotonic()
-        ran = self._script(RUN, cwd, f"{timeout:g}", *argv, timeout=timeout + SLACK_SECONDS)
-        if ran.exit_code == 124 and time.monotonic() - began >= timeout:
-            raise self._too_long(argv[0], timeout)
-        return ran
+        return scripts.run(self._script, self.address, argv, cwd, timeout)
 
     def fetch(self, remote: str, local: Path) -> None:
         """Copy one remote file."""
         done = self._client(["cat", "--", remote], b"", None)
-        self._lines(Ran(done.returncode, "", _text(done.stderr)), 0)
+        scripts.lines(Ran(done.returncode, "", scripts.text(done.stderr)), 0, self.address)
         write_atomically(local, done.stdout)
 
     def _script(
@@ -185,12 +111,12 @@ class SshDevice:
         script: str,
         *arguments: str,
         given: bytes | IO[bytes] = b"",
-        timeout: float | None = QUERY_SECONDS,
+        timeout: float | None = scripts.QUERY_SECONDS,
     ) -> Ran:
         """Run one of the scripts above; without a timeout, only a lost link ends it."""
         argv = ["env", "LC_ALL=C", "sh", "-c", script, "sh", *arguments]
         done = self._client(argv, given, timeout)
-        return Ran(done.returncode, _text(done.stdout), _text(done.stderr))
+        return Ran(done.returncode, scripts.text(done.stdout), scripts.text(done.stderr))
 
     def _client(
         self, argv: Sequence[str], given: bytes | IO[bytes], timeout: float | None
@@ -208,9 +134,9 @@ class SshDevice:
         try:
             done = subprocess.run(command, capture_output=True, timeout=timeout, **source)
         except subprocess.TimeoutExpired as error:
-            raise self._too_long("the command", error.timeout) from None
+            raise scripts.too_long(self.address, "the command", error.timeout) from None
         if done.returncode == CLIENT_FAILED:
-            raise DeviceError(f"{self.address}: {self._failure(_text(done.stderr))}")
+            raise DeviceError(f"{self.address}: {self._failure(scripts.text(done.stderr))}")
         return done
 
     def _failure(self, said: str) -> str:
@@ -221,28 +147,3 @@ class SshDevice:
             if sign in said.lower():
                 return meaning.format(known_as=known_as, by_hand=by_hand)
         return f"the link failed; try again: what has arrived stays ({said.strip()[-300:]})"
-
-    def _too_long(self, what: str, seconds: float) -> DeviceError:
-        return DeviceError(
-            f"{self.address}: {what} did not end within {seconds:.0f} s; is the device busy, "
-            "or the link down?"
-        )
-
-    def _lines(self, ran: Ran, count: int) -> list[str]:
-        """The first lines that a script printed; DeviceError where it failed."""
-        if "no space left on device" in ran.stderr.lower():
-            raise DeviceError(f"{self.address}: its disk is full; make room there and try again")
-        lines = ran.stdout.splitlines()
-        if ran.exit_code != 0 or len(lines) < count:
-            said = ran.stderr.strip()[-300:] or f"exit code {ran.exit_code}"
-            raise DeviceError(f"{self.address}: {said}")
-        return lines[:count]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _text(output: bytes) -> str:
-    return output.decode(errors="replace")

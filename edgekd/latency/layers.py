@@ -2,7 +2,9 @@
 
 Each reader takes the text as the tool wrote it and gives the layers in the order they run in.
 Where a format has several runs, a layer's time is its median over them, 0 in a run without it;
-where it has means only, the mean stands in.
+where it has means only, the mean stands in. On a busy host a long layer is interrupted in most
+runs, and runtimes time layers by the wall clock alone: there the median is over the runs in which
+nothing came between (`undisturbed`).
 """
 
 from __future__ import annotations
@@ -12,14 +14,16 @@ import io
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from statistics import median
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from edgekd.errors import StateError
 
-Json = dict[str, Any]
+# a time slice of another process, 1 ms and more, lengthens a layer by more than this
+INTERRUPTED, RESOLUTION_MS = 1.5, 0.002
 
 
 class LayerTime(BaseModel):
@@ -28,7 +32,7 @@ class LayerTime(BaseModel):
     Attributes:
         name: as the runtime calls it.
         operator: the kind of its kernel; empty where the format does not tell.
-        p50_ms: the median over the profiled runs.
+        p50_ms: the median over the profiled runs; over the undisturbed ones if the host was busy.
         share: of the sum over all layers, 0 to 1.
         types: element types of its inputs, as far as the format tells.
     """
@@ -56,18 +60,27 @@ class RunTime(NamedTuple):
 
 
 def _layers(
-    runs: Sequence[Mapping[str, float]], kernels: Mapping[str, Kernel], source: str
+    runs: Sequence[Mapping[str, float]],
+    kernels: Mapping[str, Kernel],
+    source: str,
+    busy: bool = False,
 ) -> list[LayerTime]:
     """Medians over runs of {name: ms}; StateError where there are none."""
     names = dict.fromkeys(name for run in runs for name in run)
     if not names:
         raise StateError(f"{source} holds no layers; was it written while profiling?")
-    times = {name: median(run.get(name, 0.0) for run in runs) for name in names}
+    samples = {name: np.array([run.get(name, 0.0) for run in runs]) for name in names}
+    times = {n: float(np.median(undisturbed(x) if busy else x)) for n, x in samples.items()}
     total = sum(times.values()) or 1.0
     return [
         LayerTime(name=name, **kernels.get(name, Kernel())._asdict(), p50_ms=ms, share=ms / total)
         for name, ms in times.items()
     ]
+
+
+def undisturbed(ms: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Those of a layer's times that are at most INTERRUPTED times their lowest decile."""
+    return ms[ms <= INTERRUPTED * np.quantile(ms, 0.1) + RESOLUTION_MS]
 
 
 class _Run(dict[str, float]):
@@ -145,7 +158,7 @@ def trtexec_layers(text: str) -> dict[str, Kernel]:
 # ---- ONNX Runtime --------------------------------------------------------------------------------
 
 
-def onnxruntime_profile(text: str) -> list[LayerTime]:
+def onnxruntime_profile(text: str, *, busy: bool = False) -> list[LayerTime]:
     """Of a session with `enable_profiling`: the kernels' times in each `model_run`."""
     runs: list[_Run] = []
     kernels: dict[str, Kernel] = {}
@@ -161,7 +174,7 @@ def onnxruntime_profile(text: str) -> list[LayerTime]:
             shapes = given.get("input_type_shape", ())
             types = tuple(kind for shape in shapes for kind in shape)
             kernels[unique] = Kernel(str(given.get("op_name", "")), types)
-    return _layers(runs, kernels, "ONNX Runtime's profile")
+    return _layers(runs, kernels, "ONNX Runtime's profile", busy)
 
 
 def onnxruntime_times(result: str) -> list[float]:
@@ -198,7 +211,7 @@ def onnxruntime_perf_test(output: str) -> dict[str, float]:
 # ---- OpenVINO ------------------------------------------------------------------------------------
 
 
-def openvino_counters(text: str) -> list[LayerTime]:
+def openvino_counters(text: str, *, busy: bool = False) -> list[LayerTime]:
     """Of `benchmark_app`'s detailed or average counters, CSV or JSON; one run a request.
 
     What the Python API's `get_profiling_info` gives is written in the same JSON by measure.py.
@@ -225,7 +238,7 @@ def openvino_counters(text: str) -> list[LayerTime]:
                 types = re.findall(r"_([a-z]+\d+)$", kernel)
                 kernels[run.add(name, float(ms))] = Kernel(operator, tuple(types))
         runs.append(run)
-    return _layers(runs, kernels, source)
+    return _layers(runs, kernels, source, busy)
 
 
 def _openvino_csv(text: str) -> Iterable[list[tuple[str, str, str, str, str]]]:
@@ -253,10 +266,10 @@ def benchmark_app_median(output: str) -> float:
     >>> benchmark_app_median("[ INFO ] Latency:\\n[ INFO ]    Median:        1.52 ms")
     1.52
     """
-    found = re.search(r"Median:\s*([\d.]+) ms", output)
+    found = re.search(r"Median:\s*([\d.]+) (ms|us)", output)  # us where it is short
     if found is None:
         raise StateError("benchmark_app printed no median; its output is of another form")
-    return float(found[1])
+    return float(found[1]) / (1 if found[2] == "ms" else 1e3)
 
 
 # ---- LiteRT --------------------------------------------------------------------------------------

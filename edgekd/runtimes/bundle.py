@@ -4,6 +4,7 @@ manifest.json   target, precision, hash, inputs and outputs, preprocessing, tole
 labels.txt      one class a line
 check.npz       three inputs, and what the trained network gives for them
 infer.py        runs images, or `--check`; Python 3.6, NumPy and the runtime
+measure.py      measures latency, and writes measurement.json; Python 3.6
 Classifier.kt, Classifier.swift   the same in an app
 """
 
@@ -26,6 +27,7 @@ from edgekd.runtimes.base import fingerprint, verifying_runtime
 from edgekd.runtimes.variants import write_variants
 from edgekd.target import Precision, Target
 
+ON_DEVICE = ("infer.py", "measure.py")
 CHECKED = 3  # inputs in check.npz
 # share of an output's largest magnitude that its mean may be off by; INT8 is held to its step
 RELATIVE = {"fp32": 1e-4, "fp16": 1e-2}
@@ -81,7 +83,8 @@ def write_bundle(
     if net.io.labels:
         write_atomically(path.with_name("labels.txt"), "\n".join(net.io.labels) + "\n")
     shipped = files("edgekd.runtimes") / "on_device"
-    write_atomically(path.with_name("infer.py"), (shipped / "infer.py").read_text())
+    for name in ON_DEVICE:
+        write_atomically(path.with_name(name), (shipped / name).read_text())
     if len(net.io.inputs) == 1 and len(net.io.inputs[0].shape) == 3:
         for name in target.snippets:
             text = (shipped / name).read_text()

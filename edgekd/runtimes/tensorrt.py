@@ -116,7 +116,8 @@ def build_flags(shapes: Shapes, target: Target, precision: Precision) -> list[st
     """
     version_here = release(target.runtime_version)
     named = ",".join(f"{name}:{'x'.join(map(str, shape))}" for name, shape in shapes.items())
-    flags = ["--onnx=model.onnx", "--saveEngine=model.engine"]
+    # detailed: the engine can tell later which layers it has, and in what types
+    flags = ["--onnx=model.onnx", "--saveEngine=model.engine", "--profilingVerbosity=detailed"]
     if named:  # trtexec refuses it for a file of fixed shapes
         flags.append(f"--shapes={named}")
     if version_here < STRONGLY_TYPED:

@@ -2,104 +2,92 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
+from edgekd.devices.base import Device, get_device
+from edgekd.devices.measure import measure_on
 from edgekd.errors import TargetError
-from edgekd.latency.measuring import (
-    Measurement,
-    host_name,
-    time_in_turns,
-    today,
-)
-from edgekd.latency.memory import memory_of
-from edgekd.runtimes.base import Arrays, Artifact, Session, fingerprint, get_runtime
-from edgekd.target import Target, host_instruction_set
+from edgekd.latency.measuring import Measurement, host_name
+from edgekd.reporting.progress import console
+from edgekd.runtimes.base import Artifact, fingerprint, get_runtime
+from edgekd.target import Target
+
+REPEATS = 2  # of a measurement that is not steady
 
 
 def profile(
     artifact: Artifact | str | Path,
     *,
     target: str | Target,
-    device: str = "local",
+    device: str | Device = "local",
     runs: int = 300,
     threads: int = 1,
+    layers: bool = False,
+    lock_clocks: bool = False,
 ) -> Measurement:
     """Measure one artifact, batch 1.
 
     Args:
         artifact: an Artifact, or a path to a file of the target's format.
-        device: "local"; the target must be one whose kernels this host has.
-        runs: at most; fewer where they would take over 20 seconds.
+        device: "local", or a link's address: ssh://user@host:port, adb://serial; or the link.
+        runs: at most; fewer where the median is known within 1 %, or 20 seconds are over.
         threads: of the runtime.
+        layers: time each layer too, in a pass of its own.
+        lock_clocks: of a Jetson, while it is measured; it takes root there.
 
     Raises:
-        TargetError: `device` is not "local", or the target's verifier is not native: a number
-            from this host would not be that device's.
+        TargetError: `device` is "local", and the target's verifier is not native: a number from
+            this host would not be that device's.
+        DeviceError: the device cannot be reached, or lacks something; the next call goes on.
     """
-    return profile_together([artifact], target=target, device=device, runs=runs, threads=threads)[0]
+    return profile_together(
+        [artifact], target=target, device=device, runs=runs, threads=threads, layers=layers,
+        lock_clocks=lock_clocks,
+    )[0]  # fmt: skip
 
 
 def profile_together(
     artifacts: Sequence[Artifact | str | Path],
     *,
     target: str | Target,
-    device: str = "local",
+    device: str | Device = "local",
     runs: int = 300,
     threads: int = 1,
+    layers: bool = False,
+    lock_clocks: bool = False,
 ) -> list[Measurement]:
-    """Measure several artifacts in turns, so that their ratios hold on a noisy host."""
+    """Measure several artifacts in turns, so that their ratios hold on a noisy host.
+
+    Where one of them is not steady, all are measured again, twice at most.
+    """
     target = Target.load(target)
-    if device != "local":
-        raise TargetError(f"device {device!r}: only 'local' can be measured by this version")
-    if not target.native_here:
-        raise TargetError(
-            f"{target.name} is not this host ({host_name()}): a latency measured here would not "
-            "be that device's. Copy the artifact there and measure it with its runtime"
-        )
-    runtime = get_runtime(target.runtime)
+    link = get_device(device) if isinstance(device, str) else device
+    if link.address == "local":
+        if not target.native_here:
+            raise TargetError(
+                f"{target.name} is not this host ({host_name()}): a latency measured here would "
+                "not be that device's. Give its --device, or run measure.py from the bundle there"
+            )
+        get_runtime(target.runtime).version()  # a missing package names its extra
     paths = [a.path if isinstance(a, Artifact) else Path(a) for a in artifacts]
     hashes = [fingerprint(path)[0] for path in paths]
-    calls: dict[str, Callable[[], object]] = {}
-    loads: dict[str, float] = {}
-    different = list(dict.fromkeys(paths))
-    for path in different:
-        began = time.perf_counter()
-        session = runtime.load(path, threads=threads)
-        loads[str(path)] = (time.perf_counter() - began) * 1e3
-        calls[str(path)] = one_run(session)
-        calls[str(path)]()
-    held = dict(zip(different, memory_of(runtime.name, different, threads=threads), strict=True))
-    timings = time_in_turns(calls, runs=runs, threads=threads)
-    return [
-        Measurement(
-            **timings[str(path)].model_dump(),
-            target=target.name,
-            sha256=digest,
-            threads=threads,
-            load_ms=loads[str(path)],
-            load_memory_mib=held[path][0],
-            peak_memory_mib=held[path][1],
-            runtime=runtime.name,
-            runtime_version=runtime.version(),
-            host=host_name(),
-            instruction_set=host_instruction_set(),
-            date=today(),
-            compared=tuple(hashes),
-        )
-        for path, digest in zip(paths, hashes, strict=True)
-    ]
+    for repeats in range(REPEATS + 1):
+        raw = measure_on(
+            link, dict(zip(hashes, paths, strict=True)), target=target, runs=runs,
+            threads=threads, layers=layers, lock_clocks=lock_clocks,
+        )  # fmt: skip
+        found = {m.sha256: m for m in raw.measurements(device=link.address, repeats=repeats)}
+        if all(m.trust == "steady" for m in found.values()):
+            break
+        if repeats < REPEATS:
+            console.print(f"{target.name}: {_unsteady(list(found.values()))}; measuring again")
+    return [found[digest].model_copy(update={"compared": tuple(hashes)}) for digest in hashes]
 
 
-def one_run(session: Session) -> Callable[[], Arrays]:
-    """One run of batch 1 on fixed random inputs."""
-    random = np.random.default_rng(0)
-    inputs: Arrays = [
-        random.standard_normal(shape, dtype=np.float32) if kind == "float32"
-        else random.integers(np.iinfo(kind).min, np.iinfo(kind).max, shape, np.dtype(kind))
-        for shape, kind in zip(session.input_shapes, session.input_types, strict=True)
-    ]  # fmt: skip
-    return lambda: session(inputs)
+def _unsteady(measured: list[Measurement]) -> str:
+    kinds = {m.trust for m in measured}
+    return (
+        "the clocks fell or it got hotter, and it got slower" if "throttled" in kinds
+        else "the first and the last runs differ"
+    )  # fmt: skip

@@ -209,7 +209,7 @@ def test_addresses_that_are_none(address: str):
         get_device(address)
 
 
-@pytest.mark.parametrize("address", ["", "host", "shh://host", "adb://host"])
+@pytest.mark.parametrize("address", ["", "host", "shh://host", "local://", "ssh"])
 def test_links_that_are_none(address: str):
     with pytest.raises(DeviceError, match="no device"):
         get_device(address)

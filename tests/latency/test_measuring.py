@@ -1,144 +1,137 @@
-"""The measuring protocol, on functions whose cost is known in relation to each other."""
+"""From a device's samples to measurements."""
 
 from __future__ import annotations
 
+import json
+import math
 import re
-import time
 from datetime import date
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from edgekd.latency import measuring
-from edgekd.latency.measuring import PeakMemory, host_name, time_in_turns, today
+from edgekd.errors import StateError
+from edgekd.latency.measuring import (
+    Conditions,
+    Measurement,
+    RawMeasurement,
+    host_name,
+    today,
+    trust,
+)
+from edgekd.runtimes.on_device.measure import median_interval
 from edgekd.target import host_instruction_set
 
 
-def work(steps: int) -> object:
-    """Computes without a pause, in proportion to `steps`."""
-    total = 0
-    for i in range(steps):
-        total += i * i
-    return total
-
-
-@pytest.fixture(autouse=True)
-def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measuring, "WARM_UP_SECONDS", 0.01)
-
-
-def test_candidates_come_out_in_the_order_of_their_cost():
-    timings = time_in_turns(
-        {"slow": lambda: work(30_000), "fast": lambda: work(3_000)}, runs=25, threads=1
-    )
-    assert list(timings) == ["slow", "fast"]
-    # ten times the work; the machine may be busy, so a third of that is enough
-    assert timings["slow"].p50_ms > 3 * timings["fast"].p50_ms
-    for timing in timings.values():
-        assert 0 < timing.p50_ms <= timing.p90_ms <= timing.p99_ms
-        assert (timing.runs, timing.warm_up_runs >= 10) == (25, True)
-
-
-def test_candidates_run_in_turns():
-    calls: list[str] = []
-    time_in_turns({n: lambda n=n: calls.append(n) for n in "ab"}, runs=30, threads=1)
-    each = 1 + measuring.TURN_RUNS  # the first of a turn is not timed
-    turns = 30 // measuring.TURN_RUNS
-    assert calls[-2 * each * turns :] == (["a"] * each + ["b"] * each) * turns
-    assert {"a", "b"} == set(calls[: -2 * each * turns])  # both were warmed up before
-
-
-class Clocks:
-    """Stands in for `time`: a call takes as much wall and CPU time as it is told."""
-
-    def __init__(self) -> None:
-        self.wall_ns = self.cpu_ns = 0
-
-    def spend(self, wall_ms: float, cpu_ms: float) -> None:
-        self.wall_ns += round(wall_ms * 1e6)
-        self.cpu_ns += round(cpu_ms * 1e6)
-
-    def perf_counter_ns(self) -> int:
-        return self.wall_ns
-
-    def process_time_ns(self) -> int:
-        return self.cpu_ns
-
-    def monotonic(self) -> float:
-        return self.wall_ns / 1e9
-
-
-@pytest.fixture
-def clocks(monkeypatch: pytest.MonkeyPatch) -> Clocks:
-    made = Clocks()
-    monkeypatch.setattr(measuring, "time", made)
-    return made
-
-
-def test_percentiles_are_numpys(clocks: Clocks):
+def raw(clock: str = "wall", **changes: Any) -> dict[str, Any]:
+    """What measure.py writes of one file of 100 runs."""
     costs = [float(c) for c in np.random.default_rng(0).permutation(100) + 1]
-    turns = np.reshape(costs, (-1, measuring.TURN_RUNS))
-    untimed = np.full((len(turns), 1), 300)  # the first of each turn
-    queue = iter([1.0] * 10 + list(np.hstack([untimed, turns]).flat))  # first the warm-up
-
-    def call() -> None:
-        cost = next(queue)
-        clocks.spend(cost, cost)
-
-    timing = time_in_turns({"a": call}, runs=100, threads=1)["a"]
-    wanted = np.percentile(costs, [50, 90, 99])
-    assert (timing.p50_ms, timing.p90_ms, timing.p99_ms) == pytest.approx(tuple(wanted))
-    assert (timing.clock, timing.runs, timing.warm_up_runs) == ("wall", 100, 10)
-
-
-@pytest.mark.parametrize(
-    ("threads", "wall_ms", "clock", "p50_ms"),
-    [
-        (1, 2.0, "wall", 2.0),  # an idle host: wall and CPU time are the same
-        (1, 2.05, "wall", 2.05),
-        (1, 7.0, "cpu", 2.0),  # a busy one: the wall clock counts others' work too
-        (4, 7.0, "wall", 7.0),  # CPU time of several threads is no latency
-    ],
-)
-def test_cpu_time_stands_in_for_the_wall_clock_of_one_thread_on_a_busy_host(
-    clocks: Clocks, threads: int, wall_ms: float, clock: str, p50_ms: float
-):
-    timings = time_in_turns(
-        {"busy": lambda: clocks.spend(wall_ms, 2.0), "quiet": lambda: clocks.spend(1.0, 1.0)},
-        runs=20, threads=threads,
-    )  # fmt: skip
-    # one clock for all of a comparison
-    assert {t.clock for t in timings.values()} == {clock}
-    assert timings["busy"].p50_ms == pytest.approx(p50_ms)
-    assert timings["quiet"].p50_ms == pytest.approx(1.0)
+    file = {
+        "file": "model.onnx", "sha256": "abc", "size_bytes": 10, "warm_up_runs": 20,
+        "warm_up_steady": True, "wall_ms": costs, "cpu_ms": [c / 2 for c in costs], "load_ms": 3.0,
+        "load_memory_mib": 1.0, "peak_memory_mib": 2.0,
+    }  # fmt: skip
+    return {
+        "format": 1, "target": "host-onnxruntime", "runtime": "onnxruntime",
+        "runtime_version": "1", "threads": 1, "clock": clock, "date": "2026-01-01",
+        "machine": {"node": "n", "machine": "aarch64", "python": "3.6.9", "model": "Nano"},
+        "conditions": {"cpu_mhz_before": 1000.0, "rails": ["VDD_IN"]},
+        "files": [file | changes],
+    }  # fmt: skip
 
 
-def test_a_function_that_sleeps_is_timed_by_its_cpu_time():
-    timing = time_in_turns({"a": lambda: time.sleep(0.005)}, runs=10, threads=1)["a"]
-    assert timing.clock == "cpu"
-    assert timing.p50_ms < 5
+def measured(raw: dict[str, Any], device: str = "ssh://nano") -> Measurement:
+    return RawMeasurement.model_validate(raw).measurements(device=device)[0]
 
 
-def test_slow_candidates_end_early_but_not_before_twenty_runs(clocks: Clocks):
-    slow = time_in_turns({"a": lambda: clocks.spend(3000, 3000)}, runs=300, threads=1)["a"]
-    assert slow.runs == 20
-    # 3 s a turn: the first turn that begins more than 20 s after the start is not run
-    middling = time_in_turns({"a": lambda: clocks.spend(500, 500)}, runs=300, threads=1)["a"]
-    assert middling.runs == 35
-    fast = time_in_turns({"a": lambda: clocks.spend(1, 1)}, runs=300, threads=1)["a"]
-    assert fast.runs == 300
+@pytest.mark.parametrize(("clock", "scale"), [("wall", 1), ("cpu", 0.5)])
+def test_percentiles_are_numpys(clock: str, scale: float):
+    m = measured(raw(clock))
+    costs = np.arange(1, 101) * scale
+    assert (m.p50_ms, m.p90_ms, m.p99_ms) == pytest.approx(np.percentile(costs, [50, 90, 99]))
+    assert m.throughput_per_s == pytest.approx(1000 / costs.mean())
+    assert (m.clock, m.runs, m.warm_up_runs) == (clock, 100, 20)
+    assert Measurement.model_validate_json(m.model_dump_json()) == m
 
 
-def test_peak_memory_sees_what_was_held_for_a_moment():
-    with PeakMemory() as small:
-        pass
-    with PeakMemory() as large:
-        block = np.ones(64 * 1024 * 1024 // 8)  # 64 MiB
-        del block
-    if large.mib is None:
-        pytest.skip("this system does not tell peak memory")
-    assert small.mib is not None
-    assert large.mib - small.mib > 48
+def test_a_measurement_says_whose_it_is():
+    m = measured(raw())
+    assert (m.origin, m.device, m.host) == ("device", "ssh://nano", "Nano (aarch64)")
+    assert m.instruction_set == "neon"
+    m = measured(raw(), device="local")
+    assert (m.origin, m.host) == ("host", host_name())
+    assert m.instruction_set == host_instruction_set()
+
+
+@pytest.mark.parametrize("count", [20, 50, 51, 100, 300, 1000])
+def test_the_medians_interval_holds_it_in_95_of_100(count: int):
+    low, high = median_interval(list(range(1, count + 1)))  # the ranks themselves
+    # the median is below the k-th smallest sample where fewer than k samples are below it
+    inside = sum(math.comb(count, below) for below in range(low, high)) / 2**count
+    assert 0.945 < inside < 0.98
+    assert median_interval([4.0]) == (4.0, 4.0)
+
+
+def test_trust():
+    noise = np.random.default_rng(1).normal(0, 0.01, 300)
+    steady = list(1 + noise)
+    slower = list(1 + noise + np.linspace(0, 0.2, 300))
+    cold, hot = Conditions(), Conditions(temperature_c_before=50, temperature_c_after=60)
+    fell = Conditions(cpu_mhz_before=2000, cpu_mhz_after=1500)
+    assert trust(steady, cold) == trust(steady, hot) == "steady"
+    assert trust(slower, cold) == "drift"
+    assert trust(slower, hot) == trust(slower, fell) == "throttled"
+    assert trust(slower[::-1], hot) == "drift"  # it got faster
+    noisy = list(1 + 50 * noise)
+    assert trust(noisy, cold) == "steady"  # a change that is less than the noise
+    assert trust([1.0, 2.0], cold) == "steady"
+
+
+LAYERS = [("conv", "Conv", 30.0), ("relu", "Relu", 18.5)]
+
+
+def profile_of(layers: list[tuple[str, str, float]]) -> dict[str, Any]:
+    events = [
+        {"cat": "Node", "name": f"{n}_kernel_time", "dur": ms * 1e3, "args": {"op_name": op}}
+        for n, op, ms in layers
+    ]
+    text = json.dumps([*events, {"cat": "Session", "name": "model_run", "dur": 1, "args": {}}])
+    return {"format": "onnxruntime", "text": text, "info": None, "wall_ms": 52.0, "cpu_ms": 26.0}
+
+
+def test_the_rest_is_what_the_layers_do_not_tell():
+    m = measured(raw(layers=profile_of(LAYERS)))
+    assert [(layer.name, layer.operator) for layer in m.layers] == [x[:2] for x in LAYERS]
+    assert m.rest_ms == pytest.approx(m.p50_ms - 48.5)
+    assert m.rest.startswith("4.0% of the median is outside the layers")
+    assert m.profiled_p50_ms == 52
+    assert "a run took 52.000 ms while profiling" in m.rest and "busy" not in m.rest
+    busy = measured(raw("cpu", layers=profile_of([("conv", "Conv", 20.0)])))
+    assert "26.000 ms while profiling; the host was busy" in busy.rest
+    copies = measured(raw(layers=profile_of(LAYERS), compute_ms=[c - 0.5 for c in range(1, 101)],
+                          wall_ms=[float(c) for c in range(1, 101)]))  # fmt: skip
+    assert "copies to and from the GPU take 0.500 ms" in copies.rest
+    over = measured(raw(layers=profile_of([("conv", "Conv", 60.0)])))
+    assert over.rest_ms == pytest.approx(over.p50_ms - 60)
+    assert "more than the median: profiling costs time" in over.rest
+    assert (measured(raw()).layers, measured(raw()).rest_ms) == ((), None)
+
+
+def test_what_is_not_measure_pys_is_refused(tmp_path: Path):
+    path = tmp_path / "measurement.json"
+    path.write_text(json.dumps(raw()))
+    assert RawMeasurement.read(path).files[0].sha256 == "abc"
+    for text, said in (
+        ("{", "Invalid JSON"),
+        (json.dumps(raw() | {"format": 2}), "format"),
+        (json.dumps(raw(wall_ms=[])), "wall_ms"),
+        (json.dumps(raw() | {"files": []}), "files"),
+    ):
+        path.write_text(text)
+        with pytest.raises(StateError, match=rf"is not what measure.py writes: .*{said}"):
+            RawMeasurement.read(path)
 
 
 def test_the_host_and_the_date_are_named():

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ast
 import importlib.util
 import json
 import shutil
 import subprocess
 import sys
 import types
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,12 @@ import torch
 from PIL import Image, ImageOps
 from torch import nn
 
+from edgekd.latency.measuring import RawMeasurement
 from edgekd.network import Network
 from edgekd.runtimes.base import Artifact, get_runtime
 from edgekd.runtimes.integer_ends import IntegerEnd
 from edgekd.stages.export import export
 from edgekd.target import Target
-
-INFER = Path(__file__).parents[2] / "edgekd" / "runtimes" / "on_device" / "infer.py"
 
 
 def infer(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -41,10 +40,6 @@ def manifest_of(folder: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def phone(quantized: Network, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     return export(quantized, target="android-arm64", out=tmp_path_factory.mktemp("phone"))
-
-
-def test_the_script_is_python_3_6():
-    ast.parse(INFER.read_text(), feature_version=(3, 6))
 
 
 def test_the_manifest_says_what_is_in_the_folder(int8_artifact: Artifact, quantized: Network):
@@ -286,6 +281,9 @@ def test_the_apps_snippets_are_filled_in(phone: Artifact, trained: Network, tmp_
     assert '["input": tensor], outputNames: ["output"]' in swift
 
 
+PACKAGES = {"litert_torch": "ai-edge-litert", "executorch": "executorch"}  # that run the file
+
+
 @pytest.mark.parametrize(
     ("target", "package", "snippet"),
     [
@@ -310,3 +308,8 @@ def test_a_phones_bundle_checks_itself(
     assert json.loads(ran.stdout.strip().splitlines()[-1])["passed"] is True
     if snippet is not None:
         assert "@" not in (tmp_path / snippet).read_text()
+    command = [sys.executable, "-W", "ignore", "measure.py", "--runs", "20"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    (m,) = RawMeasurement.read(tmp_path / "measurement.json").measurements(device="phone")
+    assert (m.runs, m.runtime_version) == (20, version(PACKAGES[package]))

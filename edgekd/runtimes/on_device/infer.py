@@ -17,52 +17,120 @@ import numpy as np
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 
-def with_onnxruntime(path, manifest):
+# Each of these opens a model and gives a function from its inputs' arrays to its outputs', and of
+# each input the shape, batch 1, and NumPy's name of its type.
+
+
+def onnxruntime_session(path, manifest, threads=None, profile=None):
+    """Settings as edgekd/runtimes/onnxruntime.py has them; `profile`: a prefix for its file."""
     import onnxruntime
 
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.inter_op_num_threads = 1
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, profile
     wanted = [*manifest["providers"], "CPUExecutionProvider"]
     there = onnxruntime.get_available_providers()
-    session = onnxruntime.InferenceSession(path, providers=[p for p in wanted if p in there])
-    names = [value.name for value in session.get_inputs()]
-    return lambda inputs: session.run(None, dict(zip(names, inputs)))
+    return onnxruntime.InferenceSession(path, options, providers=[p for p in wanted if p in there])
 
 
-def with_openvino(path, manifest):
+def with_onnxruntime(path, manifest, threads=None):
+    return of_session(onnxruntime_session(path, manifest, threads))
+
+
+def of_session(session):
+    inputs = session.get_inputs()
+    names = [value.name for value in inputs]
+    types = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64"}
+    ends = [
+        (one_sample(i.name, i.shape), types.get(i.type, i.type[len("tensor(") : -1]))
+        for i in inputs
+    ]
+    return lambda arrays: session.run(None, dict(zip(names, arrays))), ends
+
+
+def openvino_model(path, manifest, threads=None, profile=False):
+    """Settings as edgekd/runtimes/openvino.py has them."""
     import openvino
 
     device = manifest["device"]
-    # a CPU with AMX would compute in bfloat16
-    settings = {"INFERENCE_PRECISION_HINT": "f32"} if device == "CPU" else {}
-    compiled = openvino.Core().compile_model(path, device, settings)
-    return lambda inputs: [compiled(inputs)[output] for output in compiled.outputs]
+    settings = {"PERFORMANCE_HINT": "LATENCY"}
+    if device == "CPU":  # one with AMX would compute in bfloat16
+        settings["INFERENCE_PRECISION_HINT"] = "f32"
+        if threads is not None:
+            settings["INFERENCE_NUM_THREADS"] = threads
+    if profile:
+        settings["PERF_COUNT"] = True
+    return openvino.Core().compile_model(path, device, settings)
 
 
-def with_litert(path, manifest):
+def with_openvino(path, manifest, threads=None):
+    return of_compiled(openvino_model(path, manifest, threads))
+
+
+def of_compiled(compiled):
+    shapes = [[d.get_length() if d.is_static else None for d in i.partial_shape]
+              for i in compiled.inputs]  # fmt: skip
+    ends = [
+        (one_sample(i.any_name, shape), np.dtype(i.element_type.to_dtype()).name)
+        for i, shape in zip(compiled.inputs, shapes)
+    ]
+
+    def run(arrays):
+        results = compiled(arrays, share_inputs=True)
+        return [results[output] for output in compiled.outputs]
+
+    return run, ends
+
+
+def with_litert(path, manifest, threads=None):
     try:
         from ai_edge_litert.interpreter import Interpreter
     except ImportError:
         from tflite_runtime.interpreter import Interpreter
-    interpreter = Interpreter(path)
+    interpreter = Interpreter(path, num_threads=threads)
     interpreter.allocate_tensors()
+    details = interpreter.get_input_details()
+    outputs = [d["index"] for d in interpreter.get_output_details()]
 
-    def run(inputs):
-        for value, detail in zip(inputs, interpreter.get_input_details()):
+    def run(arrays):
+        for value, detail in zip(arrays, details):
             interpreter.set_tensor(detail["index"], value)
         interpreter.invoke()
-        return [interpreter.get_tensor(d["index"]) for d in interpreter.get_output_details()]
+        return [interpreter.get_tensor(index) for index in outputs]
 
-    return run
+    return run, [(tuple(map(int, d["shape"])), np.dtype(d["dtype"]).name) for d in details]
 
 
-def with_executorch(path, manifest):
+def with_executorch(path, manifest, threads=None):
     import torch
+    from executorch.extension.pybindings import portable_lib
     from executorch.runtime import Runtime
 
-    method = Runtime.get().load_program(path).load_method("forward")
-    return lambda inputs: [y.numpy() for y in method.execute([torch.from_numpy(x) for x in inputs])]
+    if threads is not None:
+        portable_lib._unsafe_reset_threadpool(threads)
+    program = Runtime.get().load_program(path)
+    method = program.load_method("forward")
+    inputs = [method.metadata.input_tensor_meta(i) for i in range(method.metadata.num_inputs())]
+    types = {0: "uint8", 1: "int8", 6: "float32"}  # torch's numbers of them
+
+    def run(arrays, program=program):  # the method is read from the program's memory
+        return [y.numpy() for y in method.execute([torch.from_numpy(x) for x in arrays])]
+
+    return run, [(tuple(i.sizes()), types[i.dtype()]) for i in inputs]
 
 
-def with_tensorrt(path, manifest):
+def one_sample(name, shape):
+    """The shape of batch 1; only the batch may be open."""
+    if any(not isinstance(size, int) for size in shape[1:]):
+        raise SystemExit("input {} leaves its size open: {}; fix it".format(name, shape))
+    return (shape[0] if isinstance(shape[0], int) else 1, *shape[1:])
+
+
+def with_tensorrt(path, manifest, threads=None):
     """The engine that build_engine.sh made; buffers through the CUDA runtime, without PyCUDA."""
     import tensorrt
 
@@ -116,7 +184,7 @@ def with_tensorrt(path, manifest):
             call("cudaFree", pointer)
         return [arrays[name] for name in manifest["io"]["outputs"]]
 
-    return run
+    return run, [((1, *i["shape"]), i["dtype"]) for i in manifest["io"]["inputs"]]
 
 
 RUNTIMES = {
@@ -131,7 +199,7 @@ RUNTIMES = {
 def load_model(manifest, file=None):
     """A function from a list of float arrays (N, C, H, W) to the list of float outputs."""
     runtime = manifest["runtime"] if file is None else "onnxruntime"
-    run = RUNTIMES[runtime](os.path.join(HERE, file or manifest["file"]), manifest)
+    run, _ = RUNTIMES[runtime](os.path.join(HERE, file or manifest["file"]), manifest)
     integers = manifest["integers"]
     inputs = [integers.get(i["name"]) for i in manifest["io"]["inputs"]]
     outputs = [integers.get(name) for name in manifest["io"]["outputs"]]
