@@ -90,7 +90,9 @@ def activation(op: Op) -> str:
 
 def is_spatial_mean(op: Op) -> bool:
     """A mean over height and width."""
-    return op.kind == "mean" and len(op.inputs[0].shape) == 4 and sorted(op.options["axes"]) == [2, 3]
+    return (
+        op.kind == "mean" and len(op.inputs[0].shape) == 4 and sorted(op.options["axes"]) == [2, 3]
+    )
 
 
 def elementwise(name: str, shape: Dims, reads: int, writes: int | None = None) -> Kernel:

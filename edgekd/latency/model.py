@@ -9,7 +9,7 @@ costs time itself, and each alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Literal, NamedTuple
@@ -18,11 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 from scipy.optimize import nnls
+import torch
 from torch import nn
 
-from edgekd.errors import TargetError, nearest
+from edgekd.errors import TargetError
 from edgekd.latency.fusion import kernels_of
 from edgekd.latency.kernels import CONVOLUTIONS, Kernel
+from edgekd.latency.probes import probe
 from edgekd.latency.profiles import ProfileRow, own_file, read_profile
 from edgekd.latency.tracing import Dims, Op, trace
 from edgekd.network import Network
@@ -78,11 +80,12 @@ class _Correction(NamedTuple):
 class LatencyModel:
     """Estimates for one target.
 
-    Example:
-        >>> from torch import nn
-        >>> model = LatencyModel.load("jetson-nano")
-        >>> model.estimate(nn.Conv2d(3, 8, 3), "fp16", [(3, 32, 32)]).method
-        'roofline'
+        Example:
+            >>> import torch
+    from torch import nn
+            >>> model = LatencyModel.load("jetson-nano")
+            >>> model.estimate(nn.Conv2d(3, 8, 3), "fp16", [(3, 32, 32)]).method
+            'roofline'
     """
 
     target: Target
@@ -99,15 +102,28 @@ class LatencyModel:
             StateError: a row of the profile is no row.
         """
         target = Target.load(target)
-        own = own_file(target)
-        stamp = own.stat().st_mtime_ns if own.is_file() else 0
-        fits = _fitted(target.name, threads, stamp, str(own))
+        fits = _fitted(target.name, threads, *_stamp(target.name))
+        whole = _whole(target.name, threads, *_stamp(target.name)) if not fits else ()
+        if whole:
+            related = whole[0].related
+            fits = _fitted(related, threads, *_stamp(related)) if related else {}
         if not fits and not target.peak:
             raise TargetError(
                 f"{target.name}: no network was measured with {threads} thread(s), and its file "
                 f"has no peak figures; run: edgekd calibrate --target {target.name}"
             )
-        return LatencyModel(target, threads, fits)
+        model = LatencyModel(target, threads, fits)
+        return model._adapted(whole) if whole else model
+
+    def _adapted(self, whole: Sequence[ProfileRow]) -> LatencyModel:
+        """To networks that were measured as wholes, which their names rebuild."""
+        measured = []
+        for row in whole:
+            kind, _, seed = row.network.partition("-")
+            with torch.device("meta"):
+                module, shape = probe(kind, int(seed))  # type: ignore[arg-type]  # as written
+            measured.append((module, [shape], row.precision, row.p50_ms))
+        return self._moved(measured)
 
     def estimate(
         self,
@@ -154,7 +170,8 @@ class LatencyModel:
         return _corrected(found, self.corrections.get(precision))
 
     def corrected(
-        self, measured: Sequence[tuple[Network | nn.Module, Precision, float]],
+        self,
+        measured: Sequence[tuple[Network | nn.Module, Precision, float]],
         input_shapes: Sequence[Dims] | None = None,
     ) -> LatencyModel:
         """This model, moved to what a few networks took: on this device, or on a related one.
@@ -166,14 +183,19 @@ class LatencyModel:
             measured: network, precision, p50 in ms.
             input_shapes: of bare modules.
         """
+        return self._moved([(net, input_shapes, p, ms) for net, p, ms in measured])
+
+    def _moved(
+        self,
+        measured: Sequence[tuple[Network | nn.Module, Sequence[Dims] | None, Precision, float]],
+    ) -> LatencyModel:
         corrections = dict(self.corrections)
         plain = replace(self, corrections={})
-        for precision in dict.fromkeys(p for _, p, _ in measured):
-            pairs = [
-                (plain.estimate(net, p, input_shapes), ms)
-                for net, p, ms in measured if p == precision
-            ]  # fmt: skip
-            corrections[precision] = _correction(pairs)
+        for precision in dict.fromkeys(p for *_, p, _ in measured):
+            corrections[precision] = _correction([
+                (plain.estimate(net, p, shapes), ms)
+                for net, shapes, p, ms in measured if p == precision
+            ])  # fmt: skip
         return replace(self, corrections=corrections)
 
 
@@ -364,22 +386,47 @@ def _without_clock(networks: Sequence[_Network]) -> list[_Network]:
     ]
 
 
+def _stamp(name: str) -> tuple[str, int]:
+    """What tells whether a user's own rows are others than before."""
+    own = own_file(name)
+    return str(own), own.stat().st_mtime_ns if own.is_file() else 0
+
+
 @cache
-def _fitted(name: str, threads: int, stamp: int, own: str) -> dict[Precision, _Fit]:
-    """Of each precision that enough networks were measured in; `stamp`, `own`: of what file."""
+def _fitted(name: str, threads: int, *_: object) -> dict[Precision, _Fit]:
+    """Of each precision that enough networks were measured in; once for each `_stamp`."""
     return fit_rows([row for row in read_profile(name) if row.threads == threads])
 
 
+@cache
+def _whole(name: str, threads: int, *_: object) -> tuple[ProfileRow, ...]:
+    """Rows of networks, where a target has none of kernels."""
+    rows = [row for row in read_profile(name) if row.threads == threads]
+    return tuple(row for row in rows if row.kind == "network")
+
+
 def fit_rows(rows: Sequence[ProfileRow]) -> dict[Precision, _Fit]:
-    """Fit each precision that has at least LEAST_NETWORKS networks with their kernels."""
+    """Fit each precision that at least LEAST_NETWORKS networks were measured in, by kernels."""
     found: dict[Precision, _Fit] = {}
+    for precision, networks in _measured(rows).items():
+        first = next(row for row in rows if row.precision == precision)
+        found[precision] = _Fit.of(
+            networks,
+            f"{sum(len(n.kernels) for n in networks)} kernels of {len(networks)} networks on "
+            f"{first.host}, {first.runtime} {first.runtime_version}, {first.date}",
+        )
+    return found
+
+
+def _measured(rows: Sequence[ProfileRow]) -> dict[Precision, list[_Network]]:
+    """Networks whose kernels were timed; a file that was measured again counts by its last row."""
+    found: dict[Precision, list[_Network]] = {}
     for precision in dict.fromkeys(row.precision for row in rows):
         totals: dict[str, ProfileRow] = {}
         kernels: dict[str, list[ProfileRow]] = {}
         for row in (r for r in rows if r.precision == precision):
             if row.kind == "network":
-                totals[row.sha256] = row
-                kernels[row.sha256] = []
+                totals[row.sha256], kernels[row.sha256] = row, []
             elif row.sha256 in kernels:
                 kernels[row.sha256].append(row)
         networks = [
@@ -390,12 +437,20 @@ def fit_rows(rows: Sequence[ProfileRow]) -> dict[Precision, _Fit]:
             for digest, row in totals.items() if kernels[digest]
         ]  # fmt: skip
         if len(networks) >= LEAST_NETWORKS:
-            first = next(iter(totals.values()))
-            found[precision] = _Fit.of(
-                networks,
-                f"{sum(len(n.kernels) for n in networks)} kernels of {len(networks)} networks on "
-                f"{first.host}, {first.runtime} {first.runtime_version}, {first.date}",
-            )
+            found[precision] = networks
+    return found
+
+
+def leave_one_out(rows: Sequence[ProfileRow]) -> dict[Precision, dict[str, float]]:
+    """Of each precision, estimate ÷ measured of each network by a fit to all others."""
+    found: dict[Precision, dict[str, float]] = {}
+    for precision, networks in _measured(rows).items():
+        cleaned = _without_clock(networks)
+        found[precision] = {
+            net.name: _total(*_fit([n for n in cleaned if n is not net]), net.kernels)
+            / net.total_ms
+            for net in cleaned
+        }
     return found
 
 

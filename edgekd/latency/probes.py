@@ -190,7 +190,12 @@ def _head(draw: random.Random, channels: int, act: nn.Module) -> list[nn.Module]
     if draw.random() < 0.3:
         wide = _eight(channels * draw.uniform(1.5, 4))
         layers, channels = [_conv(channels, wide, 1, act)], wide
-    return [*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, draw.choice(CLASSES))]
+    return [
+        *layers,
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(channels, draw.choice(CLASSES)),
+    ]
 
 
 def _staged(
@@ -333,11 +338,17 @@ def _transformer(draw: random.Random) -> tuple[nn.Module, Shape]:
     for _ in range(draw.randint(2, 5)):
         ratio = draw.choice((2.0, 3.0, 4.0))
         if kind == "mixer":
-            layers.append(residual(Turned(nn.LayerNorm(dim), mlp(side**2, draw.choice((0.5, 1.0, 2.0)))[1:])))
+            layers.append(
+                residual(Turned(nn.LayerNorm(dim), mlp(side**2, draw.choice((0.5, 1.0, 2.0)))[1:]))
+            )
         else:
             layers.append(residual(nn.Sequential(nn.LayerNorm(dim), Attention(dim, heads))))
         layers.append(residual(mlp(dim, ratio)))
-    return nn.Sequential(*layers, TokenHead(dim, draw.choice(CLASSES), class_token)), (3, size, size)
+    return nn.Sequential(*layers, TokenHead(dim, draw.choice(CLASSES), class_token)), (
+        3,
+        size,
+        size,
+    )
 
 
 class Turned(nn.Module):

@@ -124,7 +124,11 @@ def _convolution(
 ) -> Sequence[int]:  # fmt: skip
     if transposed:
         raise NotImplementedError
-    return [x.shape[0], w.shape[0], *_sides(x.shape[2:], w.shape[2:], stride, padding, dilation, True)]
+    return [
+        x.shape[0],
+        w.shape[0],
+        *_sides(x.shape[2:], w.shape[2:], stride, padding, dilation, True),
+    ]
 
 
 def _pool(
@@ -238,7 +242,9 @@ class _Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:  # fmt: skip
         kwargs = kwargs or {}
-        given = [a for a in args if isinstance(a, Tensor)] if func is not aten.cat.default else args[0]
+        given = (
+            [a for a in args if isinstance(a, Tensor)] if func is not aten.cat.default else args[0]
+        )
         reads = [a for a in given if id(a) in self._made]
         if not reads or not any(self._made[id(a)].kind != "constant" for a in reads):
             # of constants alone: the exporter computes it beforehand
@@ -300,7 +306,10 @@ def _options(name: str, args: Any, kwargs: Any) -> tuple[dict[str, Any], Dims]:
         return {"bias": len(args) > 2}, tuple(args[-1].shape[::-1])
     if name in ("max_pool2d", "avg_pool2d"):
         kernel = tuple(args[1])
-        return {"kernel": kernel, "stride": tuple(args[2]) if len(args) > 2 and args[2] else kernel}, ()
+        return {
+            "kernel": kernel,
+            "stride": tuple(args[2]) if len(args) > 2 and args[2] else kernel,
+        }, ()
     if name in ("batch_norm", "layer_norm", "group_norm"):
         return {}, (1,)
     if name == "permute":

@@ -49,9 +49,7 @@ def test_what_is_appended_is_read(home):
 def test_a_users_rows_come_behind_the_shipped_ones(home, monkeypatch, tmp_path):
     shipped = tmp_path / "shipped"
     append_rows(shipped / "mine.csv", [ROW])
-    monkeypatch.setattr(
-        "edgekd.latency.profiles.data_folders", lambda kind: [home / kind, shipped]
-    )
+    monkeypatch.setattr("edgekd.latency.profiles.data_folders", lambda kind: [home / kind, shipped])
     append_rows(own_file("mine"), [ROW.model_copy(update={"network": "own"})])
     assert [row.network for row in read_profile("mine")] == ["dense-0", "own"]
 
