@@ -1,8 +1,8 @@
 """Held-out accuracy of the latency model on this host.
 
-    python tools/bench_latency_model.py --measure profiled    # 20 networks, every kernel timed
-    python tools/bench_latency_model.py --measure test --minutes 60
-    python tools/bench_latency_model.py                       # the tables, from what there is
+python tools/bench_latency_model.py --measure profiled    # 20 networks, every kernel timed
+python tools/bench_latency_model.py --measure test --minutes 60
+python tools/bench_latency_model.py                       # the tables, from what there is
 """
 
 from __future__ import annotations
@@ -154,7 +154,8 @@ def measure(name: str, raw: Path) -> dict[str, Any]:
                 ]
                 calls[key] = one_run(runtime.load(path, threads=1))
                 record["measured"][key] = {
-                    "sha256": fingerprint(path)[0], "runtime_version": runtime.version()
+                    "sha256": fingerprint(path)[0],
+                    "runtime_version": runtime.version(),
                 }
         record["export_s"] = round(time.monotonic() - began, 1)
         reference = raw / "reference.onnx"

@@ -57,7 +57,7 @@ MATRIX = CONVOLUTIONS | {
     "Subgraph",
 }  # fmt: skip
 # OpenVINO: no work, or that on a handful of numbers
-FREE = {"Const", "Input", "Output", "Reshape", "ShapeOf", "Gather", "Broadcast", "Range"}
+FREE = {"Const", "Input", "Output", "ShapeOf", "Broadcast", "Range"}
 SLOW_NAMES = re.compile("silu|gelu|sigmoid|swish|tanh|mish", re.IGNORECASE)
 SHORT = {"com.microsoft.nchwc": ".nchwc", "com.microsoft": "", "": ""}
 
@@ -157,3 +157,8 @@ def of_openvino(node: RuntimeNode) -> Kernel:
         return Kernel(op, node.inputs[0][-1], out[-1], groups=math.prod(out[:-2]), height=out[-2],
                       reads=reads, writes=writes)  # fmt: skip
     return of_tensor(op, node.inputs[0] if op == "Split" else out, reads, writes)
+
+
+def of_node(runtime: str, node: RuntimeNode) -> Kernel:
+    """The kernel that a node of this runtime's graph is."""
+    return (of_openvino if runtime == "openvino" else of_onnxruntime)(node)

@@ -44,6 +44,7 @@ class ProfileRow(BaseModel):
         conditions: in words.
         origin: "device", or "host": measured where edgekd ran, which is not the device.
         sha256: of the artifact.
+        related: the target whose model these measurements adapt.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -77,6 +78,7 @@ class ProfileRow(BaseModel):
     date: str
     origin: Literal["device", "host"]
     sha256: str
+    related: str = ""
 
 
 COLUMNS = tuple(ProfileRow.model_fields)
@@ -133,9 +135,9 @@ def read_rows(path: Path) -> list[ProfileRow]:
             raise StateError(
                 f"{where}: {len(cells)} values; there must be {len(COLUMNS)}: remove this line"
             )
-        given = {key: cell for key, cell in zip(COLUMNS, cells, strict=True) if cell != ""}
+        given = {key: cell for key, cell in zip(COLUMNS, cells, strict=True) if cell}
         try:
-            found.append(ProfileRow.model_validate({"op": "", "fused": "", **given}))
+            found.append(ProfileRow.model_validate(given))
         except ValidationError as error:
             raise StateError(
                 f"{where}: {describe_invalid(error, ProfileRow)}; remove this line"

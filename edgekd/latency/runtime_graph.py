@@ -188,10 +188,11 @@ def _runs() -> Iterator[None]:
 
 
 def _undisturbed(times: Sequence[Sequence[float]]) -> NDArray[np.float64]:
-    """Of each layer, its mean over the quickest runs; `times` has a row for each layer.
+    """Of each layer, the mean of its quick runs; `times` has a row for each layer.
 
-    The clock is the wall's: on a busy host half of the runs wait for a processor in some layer.
+    The clock is the wall's: on a busy host, most runs wait for a processor in some layer, but not
+    in all. A mean, since ONNX Runtime tells whole microseconds.
     """
-    runs = np.asarray(times, dtype=np.float64)
-    quickest = np.argsort(runs.sum(axis=0))[: max(1, runs.shape[1] // 5)]
-    return runs[:, quickest].mean(axis=1)
+    runs = np.sort(np.asarray(times, dtype=np.float64), axis=1)
+    count = runs.shape[1]
+    return runs[:, count // 30 : count // 30 + max(1, count // 6)].mean(axis=1)

@@ -1,0 +1,286 @@
+"""Fit a latency model to a device: measure small networks on it, once each."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from edgekd.errors import TargetError
+from edgekd.latency.kernels import FREE, of_node
+from edgekd.latency.measuring import Measurement, host_name, today
+from edgekd.latency.model import LatencyModel, leave_one_out
+from edgekd.latency.probes import ProbeKind, probe
+from edgekd.latency.profiles import ProfileRow, append_rows, own_file, read_profile
+from edgekd.latency.runtime_graph import READERS, RUNS, RuntimeNode, runtime_nodes
+from edgekd.network import Network
+from edgekd.reporting.progress import Progress, console
+from edgekd.runtimes.base import fingerprint, get_runtime
+from edgekd.stages.profile import one_run, profile_together
+from edgekd.stages.quantize import quantize
+from edgekd.target import Precision, Target, host_instruction_set
+
+# in turns: where the time is up early, each kind has been there
+PROBES: tuple[tuple[ProbeKind, int], ...] = tuple(
+    (kind, seed)
+    for seed in range(7)
+    for kind in ("dense", "depthwise", "transformer")
+    if not (kind == "transformer" and seed == 6)
+)
+ADAPTING = 8  # probes that tell how a device differs from a related one
+Key = TypeVar("Key")
+TURN_RUNS, TURNS, LONGEST_S = 10, 20, 12.0
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What came of `calibrate`.
+
+    Attributes:
+        measured: networks, before and now.
+        wanted: of them.
+        errors: precision -> estimate ÷ measured of each network that was left out of the fit.
+    """
+
+    target: str
+    measured: int
+    wanted: int
+    errors: dict[Precision, dict[str, float]]
+
+    @property
+    def summary(self) -> str:
+        """A line for each precision."""
+        lines = [f"{self.target}: {self.measured} of {self.wanted} networks measured"]
+        for precision, by_network in self.errors.items():
+            off = np.abs(np.array(list(by_network.values())) - 1)
+            lines.append(
+                f"{precision}: estimates of networks left out are off by {off.mean():.1%} in the "
+                f"mean, {np.mean(off <= 0.1):.0%} within ±10 % (n = {len(off)})"
+            )
+        return "\n".join(lines)
+
+
+def calibrate(
+    target: str | Target,
+    *,
+    device: str = "local",
+    related: str | None = None,
+    threads: int = 1,
+    minutes: float = 10.0,
+) -> Calibration:
+    """Measure what is missing of at most 20 small networks, in every precision, and fit.
+
+    Each network's rows are in the user's profile as soon as it is measured: broken off, the next
+    call goes on.
+
+    Args:
+        device: see `profile`. On another device whole networks are measured; on this machine every
+            kernel of theirs too.
+        related: a target with a profile, which 8 networks adapt to this one.
+        minutes: start no other network after this.
+
+    Raises:
+        TargetError: the target's kernels are not this host's, and there is no device.
+    """
+    target = Target.load(target)
+    here = device == "local"
+    if here and not target.native_here:
+        raise TargetError(
+            f"{target.name} is not this host ({host_name()}); give its --device ssh://user@host"
+        )
+    if related is not None:
+        LatencyModel.load(related, threads=threads)  # one that has none says so before all work
+    probes = PROBES[:ADAPTING] if related is not None else PROBES
+    version, host = get_runtime(target.runtime).version(), host_name()
+    done = {
+        (row.network, row.precision)
+        for row in read_profile(target)
+        if row.kind == "network" and row.threads == threads
+        and (not here or (row.runtime_version, row.host) == (version, host))
+    }  # fmt: skip
+    precisions = runnable(target)
+    missing = [
+        (kind, seed, [p for p in precisions if (f"{kind}-{seed}", p) not in done])
+        for kind, seed in probes
+    ]
+    missing = [m for m in missing if m[2]]
+    began = time.monotonic()
+    work = own_file(target).parent / "work" / target.name
+    with Progress("calibrating", len(probes), done=len(probes) - len(missing)) as progress:
+        for kind, seed, wanted in missing:
+            if time.monotonic() - began > 60 * minutes:
+                console.print(f"calibrate: {minutes:g} minutes are over; the next call goes on")
+                break
+            name = f"{kind}-{seed}"
+            files = export_probe(kind, seed, target, wanted, work / name)
+            if here and target.runtime in READERS:
+                rows = measure_here({name: files}, target, threads)
+            else:
+                rows = measure_there(name, files, target, device, threads, related)
+            append_rows(own_file(target), rows)
+            for file in files.values():  # measured once: hundreds of MiB are not kept
+                file.unlink()
+                file.with_suffix(".bin").unlink(missing_ok=True)
+            progress.advance(name)
+    rows = [row for row in read_profile(target) if row.threads == threads]
+    networks = {row.network for row in rows if row.kind == "network"}
+    return Calibration(target.name, len(networks), len(probes), leave_one_out(rows))
+
+
+def runnable(target: Target) -> list[Precision]:
+    """What a float network can be exported to: its float precision, and integers."""
+    found: list[Precision] = [] if target.float_precision is None else [target.float_precision]
+    return [*found, "int8"] if target.scheme is not None else found
+
+
+def export_probe(
+    kind: ProbeKind, seed: int, target: Target, precisions: Iterable[Precision], folder: Path
+) -> dict[Precision, Path]:
+    """A probe's files, random weights: post-training integers, from noise."""
+    module, shape = probe(kind, seed)
+    return export_files(Network(module.eval(), torch.zeros(1, *shape)), target, precisions, folder)
+
+
+def export_files(
+    net: Network, target: Target, precisions: Iterable[Precision], folder: Path
+) -> dict[Precision, Path]:
+    """The files that are timed; no more than shapes matter, so calibration is by 4 noise images."""
+    folder.mkdir(parents=True, exist_ok=True)
+    runtime = get_runtime(target.runtime)
+    files: dict[Precision, Path] = {}
+    for precision in precisions:
+        given = net
+        if precision == "int8":
+            noise = torch.randn(4, *net.io.inputs[0].shape)
+            given = quantize(
+                net, target=target, data=[(noise,)], calibration=4, observer="minmax",
+                correct_bias=False, accelerator="cpu",
+            )  # fmt: skip
+        files[precision] = folder / f"{target.name}-{precision}{runtime.suffix}"
+        runtime.export(given, target, files[precision])
+    return files
+
+
+# ---- on this machine -----------------------------------------------------------------------------
+
+
+def measure_here(
+    files: Mapping[str, Mapping[Precision, Path]], target: Target, threads: int
+) -> list[ProfileRow]:
+    """Rows of networks and of their kernels; the files of all are timed in turns."""
+    runtime = get_runtime(target.runtime)
+    calls = {
+        (name, precision): one_run(runtime.load(path, threads=threads))
+        for name, by in files.items()
+        for precision, path in by.items()
+    }
+    rows: list[ProfileRow] = []
+    for (name, precision), samples in time_quietly(calls).items():
+        path = files[name][precision]
+        nodes = runtime_nodes(target.runtime, path, threads)
+        rows += rows_of(
+            name, precision, nodes, samples, target=target, threads=threads,
+            sha256=fingerprint(path)[0],
+        )  # fmt: skip
+    return rows
+
+
+def time_quietly(calls: Mapping[Key, Callable[[], object]]) -> dict[Key, list[float]]:
+    """ms of CPU time of each run, in turns, warmed up.
+
+    On a host that others use too, the median of CPU time is off by 2 to 10 %: whoever else ran
+    took the caches. Its tenth percentile repeats within 0.6 % there.
+    """
+    for call in calls.values():
+        began = time.monotonic()
+        while time.monotonic() - began < 0.3:
+            call()
+    samples: dict[Key, list[float]] = {key: [] for key in calls}
+    began = time.monotonic()
+    for turn in range(TURNS):
+        if turn >= 2 and time.monotonic() - began > LONGEST_S:
+            break
+        for key, call in calls.items():
+            call()
+            for _ in range(TURN_RUNS):
+                start = time.process_time_ns()
+                call()
+                samples[key].append((time.process_time_ns() - start) / 1e6)
+    return samples
+
+
+def rows_of(
+    network: str,
+    precision: Precision,
+    nodes: Sequence[RuntimeNode],
+    samples: Sequence[float],
+    *,
+    target: Target,
+    threads: int,
+    sha256: str,
+) -> list[ProfileRow]:
+    """The rows of one measured file."""
+    p10, p50 = (float(p) for p in np.percentile(samples, [10, 50]))
+    low, high = median_interval(samples)
+    conditions = "batch 1, in turns; kernels in a profiled pass of their own"
+    common = ProfileRow(
+        kind="network", network=network, precision=precision, threads=threads, p50_ms=p50,
+        low_ms=low, high_ms=high, quiet_ms=p10, runs=len(samples), clock="cpu",
+        runtime=target.runtime, runtime_version=get_runtime(target.runtime).version(),
+        host=host_name(), instruction_set=host_instruction_set(), conditions=conditions,
+        date=today(), origin="host", sha256=sha256,
+    )  # fmt: skip
+    rows = [common]
+    for node in nodes:
+        if node.operator in FREE or node.p50_ms <= 0:
+            continue
+        kernel = of_node(target.runtime, node)
+        rows.append(common.model_copy(update={
+            "kind": "kernel", **kernel._asdict(), "macs": kernel.macs, "p50_ms": node.p50_ms,
+            "low_ms": None, "high_ms": None, "quiet_ms": None, "runs": RUNS, "clock": "wall",
+        }))  # fmt: skip
+    return rows
+
+
+def median_interval(samples: Sequence[float]) -> tuple[float, float]:
+    """95 % of the median, by order statistics (the binomial's normal approximation)."""
+    ordered = np.sort(np.asarray(samples))
+    n = len(ordered)
+    spread = 1.96 * n**0.5 / 2
+    low, high = max(0, int(n / 2 - spread)), min(n - 1, int(n / 2 + spread))
+    return float(ordered[low]), float(ordered[high])
+
+
+# ---- elsewhere -----------------------------------------------------------------------------------
+
+
+def measure_there(
+    network: str,
+    files: Mapping[Precision, Path],
+    target: Target,
+    device: str,
+    threads: int,
+    related: str | None,
+) -> list[ProfileRow]:
+    """Rows of whole networks, measured over a link."""
+    measured = profile_together(list(files.values()), target=target, device=device, threads=threads)
+    return [
+        _row(network, precision, found, related)
+        for precision, found in zip(files, measured, strict=True)
+    ]
+
+
+def _row(network: str, precision: Precision, found: Measurement, related: str | None) -> ProfileRow:
+    low, high = found.p50_ci95_ms or (None, None)
+    return ProfileRow(
+        kind="network", network=network, precision=precision, threads=found.threads,
+        p50_ms=found.p50_ms, low_ms=low, high_ms=high, runs=found.runs, clock=found.clock,
+        runtime=found.runtime, runtime_version=found.runtime_version, host=found.host,
+        instruction_set=found.instruction_set, conditions=found.conditions.model_dump_json(),
+        date=found.date, origin=found.origin, sha256=found.sha256, related=related or "",
+    )  # fmt: skip

@@ -1,0 +1,532 @@
+"""Latency from architecture: kernel by kernel from measured ones, or from a device's peak figures.
+
+A network's kernels are predicted by rules (`fusion.py`). The time of each is its physical share (an
+overhead, multiply-accumulates, bytes) times what a Gaussian process has learnt about the kernels
+that were measured. Their sum is calibrated to whole networks: layers are timed with a clock that
+costs time itself, and each alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+from scipy.optimize import nnls
+import torch
+from torch import nn
+
+from edgekd.errors import TargetError
+from edgekd.latency.fusion import kernels_of
+from edgekd.latency.kernels import CONVOLUTIONS, Kernel
+from edgekd.latency.probes import probe
+from edgekd.latency.profiles import ProfileRow, own_file, read_profile
+from edgekd.latency.tracing import Dims, Op, trace
+from edgekd.network import Network
+from edgekd.target import Precision, Target
+
+Array = NDArray[np.float64]
+
+LEAST_MS = 1e-4
+LEAST_NETWORKS = 5
+# how far apart two kernels may be, in each of `_features`, to still tell of each other
+LENGTHS = np.array([1.5, 1.5, 1.5, 1.0, 2.0, 1.5, 3.0, 2.0, 3.0, 1.0])
+SPREAD, NOISE = 0.1, 0.01  # variances of the logarithm
+FOLDS = 5
+# what networks reach of a device's peak: between all and a tenth of it, a third in the middle
+REACHED, WORST = 3.0, 10.0
+LAUNCH_MS = 0.005
+BYTES: dict[Precision, int] = {"fp32": 4, "fp16": 2, "int8": 1}
+
+
+class Estimate(BaseModel):
+    """A latency nobody measured, batch 1.
+
+    Attributes:
+        p50_ms: of a host or device with nothing else to do.
+        low_ms, high_ms: 90 % predictive interval.
+        method: "model": from measured kernels; "roofline": from peak figures alone.
+        basis: what it stands on.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    p50_ms: float
+    low_ms: float
+    high_ms: float
+    method: Literal["model", "roofline"]
+    basis: str
+
+    def __str__(self) -> str:
+        wide = max(self.high_ms / self.p50_ms, self.p50_ms / self.low_ms)
+        how = f"±{wide - 1:.0%}" if self.method == "model" else f"±? within {wide:.0f}×"
+        return f"{self.p50_ms:.3g} ms, estimated ({how})"
+
+
+class _Correction(NamedTuple):
+    """Added to the logarithm of an estimate: a + b · (log ms - center)."""
+
+    a: float = 0.0
+    b: float = 0.0
+    center: float = 0.0
+    spread: float | None = None  # standard deviation then
+
+
+@dataclass(frozen=True)
+class LatencyModel:
+    """Estimates for one target.
+
+        Example:
+            >>> import torch
+    from torch import nn
+            >>> model = LatencyModel.load("jetson-nano")
+            >>> model.estimate(nn.Conv2d(3, 8, 3), "fp16", [(3, 32, 32)]).method
+            'roofline'
+    """
+
+    target: Target
+    threads: int
+    fits: dict[Precision, _Fit] = field(default_factory=dict)
+    corrections: dict[Precision, _Correction] = field(default_factory=dict)
+
+    @staticmethod
+    def load(target: str | Target, *, threads: int = 1) -> LatencyModel:
+        """Fit to the target's profile, or take its peak figures where it has none.
+
+        Raises:
+            TargetError: neither is there.
+            StateError: a row of the profile is no row.
+        """
+        target = Target.load(target)
+        fits = _fitted(target.name, threads, *_stamp(target.name))
+        whole = _whole(target.name, threads, *_stamp(target.name)) if not fits else ()
+        if whole:
+            related = whole[0].related
+            fits = _fitted(related, threads, *_stamp(related)) if related else {}
+        if not fits and not target.peak:
+            raise TargetError(
+                f"{target.name}: no network was measured with {threads} thread(s), and its file "
+                f"has no peak figures; run: edgekd calibrate --target {target.name}"
+            )
+        model = LatencyModel(target, threads, fits)
+        return model._adapted(whole) if whole else model
+
+    def _adapted(self, whole: Sequence[ProfileRow]) -> LatencyModel:
+        """To networks that were measured as wholes, which their names rebuild."""
+        measured = []
+        for row in whole:
+            kind, _, seed = row.network.partition("-")
+            with torch.device("meta"):
+                module, shape = probe(kind, int(seed))  # type: ignore[arg-type]  # as written
+            measured.append((module, [shape], row.precision, row.p50_ms))
+        return self._moved(measured)
+
+    def estimate(
+        self,
+        net: Network | nn.Module,
+        precision: Precision,
+        input_shapes: Sequence[Dims] | None = None,
+    ) -> Estimate:
+        """The latency of a float network as it would run in `precision`.
+
+        Args:
+            net: untrained is enough: shapes set latency; on the meta device it costs no memory.
+            input_shapes: of one sample each; of a Network, its own.
+
+        Raises:
+            TargetError: the target does not run this precision, or nothing is known of it.
+            ModelError: it does not run on meta tensors.
+        """
+        return self.estimate_many([(net, input_shapes)], precision)[0]
+
+    def estimate_many(
+        self,
+        nets: Iterable[tuple[Network | nn.Module, Sequence[Dims] | None]],
+        precision: Precision,
+    ) -> list[Estimate]:
+        """Likewise of several, each with its input shapes."""
+        return [self._of(traced(net, shapes), precision) for net, shapes in nets]
+
+    def _of(self, ops: list[Op], precision: Precision) -> Estimate:
+        if precision not in self.target.precisions:
+            raise TargetError(
+                f"{self.target.name} runs {', '.join(self.target.precisions)}, not {precision}"
+            )
+        scheme = self.target.scheme if precision == "int8" else None
+        fit = self.fits.get(precision)
+        if fit is None:
+            if not self.target.peak:
+                raise TargetError(
+                    f"{self.target.name}: no network was measured in {precision}; run: "
+                    f"edgekd calibrate --target {self.target.name}"
+                )
+            found = roofline(kernels_of(ops, "openvino", scheme), self.target, precision)
+        else:
+            found = fit.estimate(kernels_of(ops, self.target.runtime, scheme))
+        return _corrected(found, self.corrections.get(precision))
+
+    def corrected(
+        self,
+        measured: Sequence[tuple[Network | nn.Module, Precision, float]],
+        input_shapes: Sequence[Dims] | None = None,
+    ) -> LatencyModel:
+        """This model, moved to what a few networks took: on this device, or on a related one.
+
+        The logarithm of measured ÷ estimated is fitted by a line, held to be flat where there are
+        few; a single measurement moves all estimates of its precision by its ratio.
+
+        Args:
+            measured: network, precision, p50 in ms.
+            input_shapes: of bare modules.
+        """
+        return self._moved([(net, input_shapes, p, ms) for net, p, ms in measured])
+
+    def _moved(
+        self,
+        measured: Sequence[tuple[Network | nn.Module, Sequence[Dims] | None, Precision, float]],
+    ) -> LatencyModel:
+        corrections = dict(self.corrections)
+        plain = replace(self, corrections={})
+        for precision in dict.fromkeys(p for *_, p, _ in measured):
+            corrections[precision] = _correction([
+                (plain.estimate(net, p, shapes), ms)
+                for net, shapes, p, ms in measured if p == precision
+            ])  # fmt: skip
+        return replace(self, corrections=corrections)
+
+
+def traced(net: Network | nn.Module, input_shapes: Sequence[Dims] | None) -> list[Op]:
+    """The operators of a float network."""
+    if isinstance(net, Network):
+        if net.scheme is not None:
+            raise TargetError("estimates are of float networks, by the precision they will run in")
+        return trace(net.module, input_shapes or [i.shape for i in net.io.inputs])
+    if input_shapes is None:
+        raise TargetError(f"{type(net).__name__}: a bare module needs input_shapes=[(C, H, W)]")
+    return trace(net, input_shapes)
+
+
+# ---- kernels -------------------------------------------------------------------------------------
+
+
+def _family(kernel: Kernel) -> str:
+    if kernel.op in CONVOLUTIONS:
+        depthwise = kernel.groups > 1 and kernel.groups == kernel.cin
+        return "depthwise" if depthwise else "grouped" if kernel.groups > 1 else "dense"
+    if kernel.macs:
+        return "product" if kernel.groups == 1 and kernel.op != "Subgraph" else kernel.op
+    return kernel.op
+
+
+def _features(kernel: Kernel) -> list[float]:
+    """What the efficiency of a matrix kernel depends on: logarithms of sizes, and kinds."""
+    inner = kernel.cin // kernel.groups if kernel.op in CONVOLUTIONS else kernel.cin
+    return [
+        math.log2(inner), math.log2(kernel.cout), math.log2(kernel.height * kernel.width),
+        math.log2(kernel.kernel), float(kernel.stride > 1), math.log2(kernel.groups),
+        float("add" in kernel.fused), float("exp" in kernel.fused or "swish" in kernel.fused),
+        float(kernel.cout % 16 != 0), float(kernel.op in ("Conv", "Gemm")),
+    ]  # fmt: skip
+
+
+def _physical(kernel: Kernel) -> list[float]:
+    """What a kernel's time is made of, without any efficiency."""
+    return [1.0, kernel.macs, kernel.reads + kernel.writes + kernel.weights]
+
+
+@dataclass(frozen=True)
+class _Kernels:
+    """Times of one family of kernels: a physical part, and for products its efficiency."""
+
+    shares: Array
+    shift: float
+    process: Any
+
+    @staticmethod
+    def fit(kernels: Sequence[Kernel], times: Array) -> _Kernels:
+        times = np.maximum(times, LEAST_MS)
+        parts = np.array([_physical(k) for k in kernels])
+        weights = 1 / (times + 0.001)  # below a microsecond the profile's clock is blind
+        shares = nnls(parts * weights[:, None], times * weights)[0]
+        if not kernels[0].macs or len(kernels) < 8:
+            return _Kernels(shares, 0.0, None)
+        from sklearn.gaussian_process import GaussianProcessRegressor
+        from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
+
+        rest = np.log(times / np.maximum(parts @ shares, LEAST_MS))
+        near = ConstantKernel(SPREAD) * RBF(LENGTHS) + WhiteKernel(NOISE)
+        process = GaussianProcessRegressor(near, optimizer=None)
+        process.fit(np.array([_features(k) for k in kernels]), rest - rest.mean())
+        return _Kernels(shares, float(rest.mean()), process)
+
+    def predict(self, kernels: Sequence[Kernel]) -> Array:
+        found = np.maximum(np.array([_physical(k) for k in kernels]) @ self.shares, LEAST_MS)
+        if self.process is not None:
+            learnt = self.process.predict(np.array([_features(k) for k in kernels]))
+            found = found * np.exp(self.shift + learnt)
+        return np.asarray(found)
+
+
+@dataclass(frozen=True)
+class _Network:
+    """A measured network: its kernels with the time of each, and its own."""
+
+    name: str
+    kernels: list[Kernel]
+    times: Array
+    total_ms: float
+
+
+GROUPS = ("dense", "depthwise", "product", "other")
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """Everything learnt about one precision."""
+
+    families: dict[str, _Kernels]
+    shares: Array  # of GROUPS, and ms for each kernel
+    spread: float  # of the logarithm of a network's estimate: its 90 % interval's half width
+    basis: str
+    errors: dict[str, float] = field(default_factory=dict)  # network left out -> estimate ÷ truth
+
+    @staticmethod
+    def of(networks: Sequence[_Network], basis: str) -> _Fit:
+        """Fit, and see what folds of networks that are left out tell."""
+        networks = _without_clock(networks)
+        errors: dict[str, float] = {}
+        if len(networks) >= LEAST_NETWORKS:
+            for fold in range(min(FOLDS, len(networks))):
+                rest = [n for i, n in enumerate(networks) if i % FOLDS != fold]
+                fitted = _fit(rest)
+                for index in range(fold, len(networks), FOLDS):
+                    net = networks[index]
+                    errors[net.name] = _total(*fitted, net.kernels) / net.total_ms
+        ranked = sorted(abs(math.log(e)) for e in errors.values())
+        # the conformal rank: Vovk et al. 2005; with fewer than ten networks, twice the largest
+        rank = math.ceil(0.9 * (len(ranked) + 1))
+        spread = ranked[rank - 1] if 0 < rank <= len(ranked) else 2 * max(ranked, default=0.35)
+        return _Fit(*_fit(networks), spread, basis, errors)
+
+    def estimate(self, kernels: Sequence[Kernel]) -> Estimate:
+        ms = _total(self.families, self.shares, kernels)
+        return Estimate(
+            p50_ms=ms, low_ms=ms * math.exp(-self.spread), high_ms=ms * math.exp(self.spread),
+            method="model", basis=self.basis,
+        )  # fmt: skip
+
+
+def _fit(networks: Sequence[_Network]) -> tuple[dict[str, _Kernels], Array]:
+    by_family: dict[str, dict[Kernel, list[float]]] = {}
+    for net in networks:
+        for kernel, ms in zip(net.kernels, net.times, strict=True):
+            by_family.setdefault(_family(kernel), {}).setdefault(kernel, []).append(float(ms))
+    families = {
+        name: _Kernels.fit(list(seen), np.array([np.median(t) for t in seen.values()]))
+        for name, seen in by_family.items()
+    }
+    light = {k: t for seen in by_family.values() for k, t in seen.items() if not k.macs}
+    families["other"] = _Kernels.fit(list(light), np.array([np.median(t) for t in light.values()]))
+    rows = np.array([_shares(families, n.kernels) for n in networks])
+    rows /= np.array([[n.total_ms] for n in networks])
+    # ridge towards the kernels' own times: 20 networks tell little of five factors
+    start = np.array([1.0] * len(GROUPS) + [0.0])
+    hold = np.diag([RIDGE**2] * len(GROUPS) + [HELD**2])
+    shares = np.linalg.solve(rows.T @ rows + hold, rows.sum(axis=0) + hold @ start)
+    return families, shares
+
+
+RIDGE, HELD = 0.3, 200.0
+
+
+def _shares(families: dict[str, _Kernels], kernels: Sequence[Kernel]) -> Array:
+    """ms in each of GROUPS, and the number of kernels."""
+    found = np.zeros(len(GROUPS) + 1)
+    by_family: dict[str, list[Kernel]] = {}
+    for kernel in kernels:
+        by_family.setdefault(_family(kernel), []).append(kernel)
+    for name, same in by_family.items():
+        if same[0].macs:
+            group = GROUPS.index("dense" if name in ("dense", "grouped") else
+                                 "depthwise" if name == "depthwise" else "product")  # fmt: skip
+        else:
+            group = GROUPS.index("other")
+        near = families.get(name) or families.get(GROUPS[group]) or families["other"]
+        found[group] += near.predict(same).sum()
+    found[-1] = len(kernels)
+    return found
+
+
+def _total(families: dict[str, _Kernels], shares: Array, kernels: Sequence[Kernel]) -> float:
+    return max(float(_shares(families, kernels) @ shares), LEAST_MS)
+
+
+def _without_clock(networks: Sequence[_Network]) -> list[_Network]:
+    """Kernel times without what timing each costs, so that they sum to their network's.
+
+    That cost is the same for each kernel: the one with which the sums fit the networks best.
+    """
+
+    def scales(cost: float) -> Array:
+        sums = [np.maximum(n.times - cost, LEAST_MS).sum() for n in networks]
+        return np.log([n.total_ms / s for n, s in zip(networks, sums, strict=True)])
+
+    def misfit(cost: float) -> float:
+        found = scales(cost)
+        return float(np.abs(found - np.median(found)).mean())
+
+    cost = min(np.arange(0, 0.008, 0.00025), key=misfit)
+    return [
+        replace(n, times=np.maximum(n.times - cost, LEAST_MS) * math.exp(scale))
+        for n, scale in zip(networks, scales(cost), strict=True)
+    ]
+
+
+def _stamp(name: str) -> tuple[str, int]:
+    """What tells whether a user's own rows are others than before."""
+    own = own_file(name)
+    return str(own), own.stat().st_mtime_ns if own.is_file() else 0
+
+
+@cache
+def _fitted(name: str, threads: int, *_: object) -> dict[Precision, _Fit]:
+    """Of each precision that enough networks were measured in; once for each `_stamp`."""
+    return fit_rows([row for row in read_profile(name) if row.threads == threads])
+
+
+@cache
+def _whole(name: str, threads: int, *_: object) -> tuple[ProfileRow, ...]:
+    """Rows of networks, where a target has none of kernels."""
+    rows = [row for row in read_profile(name) if row.threads == threads]
+    return tuple(row for row in rows if row.kind == "network")
+
+
+def fit_rows(rows: Sequence[ProfileRow]) -> dict[Precision, _Fit]:
+    """Fit each precision that at least LEAST_NETWORKS networks were measured in, by kernels."""
+    found: dict[Precision, _Fit] = {}
+    for precision, networks in _measured(rows).items():
+        first = next(row for row in rows if row.precision == precision)
+        found[precision] = _Fit.of(
+            networks,
+            f"{sum(len(n.kernels) for n in networks)} kernels of {len(networks)} networks on "
+            f"{first.host}, {first.runtime} {first.runtime_version}, {first.date}",
+        )
+    return found
+
+
+def _measured(rows: Sequence[ProfileRow]) -> dict[Precision, list[_Network]]:
+    """Networks whose kernels were timed; a file that was measured again counts by its last row."""
+    found: dict[Precision, list[_Network]] = {}
+    for precision in dict.fromkeys(row.precision for row in rows):
+        totals: dict[str, ProfileRow] = {}
+        kernels: dict[str, list[ProfileRow]] = {}
+        for row in (r for r in rows if r.precision == precision):
+            if row.kind == "network":
+                totals[row.sha256], kernels[row.sha256] = row, []
+            elif row.sha256 in kernels:
+                kernels[row.sha256].append(row)
+        networks = [
+            _Network(
+                row.network, [_kernel(k) for k in kernels[digest]],
+                np.array([k.p50_ms for k in kernels[digest]]), row.quiet_ms or row.p50_ms,
+            )
+            for digest, row in totals.items() if kernels[digest]
+        ]  # fmt: skip
+        if len(networks) >= LEAST_NETWORKS:
+            found[precision] = networks
+    return found
+
+
+def leave_one_out(rows: Sequence[ProfileRow]) -> dict[Precision, dict[str, float]]:
+    """Of each precision, estimate ÷ measured of each network by a fit to all others."""
+    found: dict[Precision, dict[str, float]] = {}
+    for precision, networks in _measured(rows).items():
+        cleaned = _without_clock(networks)
+        found[precision] = {
+            net.name: _total(*_fit([n for n in cleaned if n is not net]), net.kernels)
+            / net.total_ms
+            for net in cleaned
+        }
+    return found
+
+
+def _kernel(row: ProfileRow) -> Kernel:
+    return Kernel(**row.model_dump(include=set(Kernel._fields)))
+
+
+# ---- corrections ---------------------------------------------------------------------------------
+
+
+def _correction(pairs: Sequence[tuple[Estimate, float]]) -> _Correction:
+    """The line through log(measured ÷ estimated), slopes held to 0 by a prior."""
+    x = np.log([e.p50_ms for e, _ in pairs])
+    y = np.log([ms / e.p50_ms for e, ms in pairs])
+    center = float(x.mean())
+    rows = np.stack([np.ones_like(x), x - center], axis=1)
+    noise, prior = 0.05, np.array([10.0, 0.2])  # standard deviations, of the line's a and b
+    a, b = np.linalg.solve(
+        rows.T @ rows / noise**2 + np.diag(1 / prior**2), rows.T @ y / noise**2
+    )  # fmt: skip
+    before = max(math.log(e.high_ms / e.p50_ms) for e, _ in pairs)
+    if pairs[0][0].method == "roofline":
+        before = min(before, math.log(2.0))  # the same device by now, on other shapes
+    rest = y - rows @ np.array([a, b])
+    # 1.64 standard deviations are 90 %; the width before counts as two measurements
+    spread = math.sqrt((2 * before**2 + (1.64**2) * float(rest @ rest)) / (2 + len(pairs)))
+    return _Correction(float(a), float(b), center, spread)
+
+
+def _corrected(found: Estimate, by: _Correction | None) -> Estimate:
+    if by is None:
+        return found
+    log = math.log(found.p50_ms)
+    ms = math.exp(log + by.a + by.b * (log - by.center))
+    spread = math.log(found.high_ms / found.p50_ms) if by.spread is None else by.spread
+    return found.model_copy(update={
+        "p50_ms": ms, "low_ms": ms * math.exp(-spread), "high_ms": ms * math.exp(spread),
+        "method": "model", "basis": f"{found.basis}; corrected by measurements",
+    })  # fmt: skip
+
+
+# ---- roofline ------------------------------------------------------------------------------------
+
+RATES: dict[Precision, tuple[tuple[str, float], ...]] = {
+    # name of a peak figure -> multiply-accumulates in a ms; each step down in bits doubles a rate
+    "fp32": (("fp32_gflops", 0.5e6), ("fp16_gflops", 0.25e6), ("int8_dense_tops", 0.125e9)),
+    "fp16": (("fp16_gflops", 0.5e6), ("int8_dense_tops", 0.25e9), ("fp32_gflops", 0.5e6)),
+    "int8": (("int8_dense_tops", 0.5e9), ("fp16_gflops", 0.5e6), ("fp32_gflops", 0.5e6)),
+}
+
+
+def roofline(kernels: Sequence[Kernel], target: Target, precision: Precision) -> Estimate:
+    """From peak figures: each kernel computes or moves bytes, whichever is slower.
+
+    Williams et al. 2009, doi:10.1145/1498765.1498785. Networks reach less than the peak; how much
+    less is not known of this device, so the interval reaches to a tenth of it.
+
+    Raises:
+        TargetError: the target's file has no rate, or no memory bandwidth.
+    """
+    rate = next((target.peak[n] * unit for n, unit in RATES[precision] if n in target.peak), None)
+    bandwidth = target.peak.get("memory_gb_s")
+    if rate is None or bandwidth is None:
+        known = ", ".join(target.peak) or "none"
+        raise TargetError(
+            f"{target.name}: no roofline from its peak figures ({known}); give memory_gb_s and one "
+            f"of {', '.join(n for n, _ in RATES[precision])}, or run: edgekd calibrate --target "
+            f"{target.name}"
+        )
+    size = BYTES[precision]
+    bound = sum(
+        max(k.macs / rate, (k.reads + k.writes + k.weights) * size / (bandwidth * 1e6))
+        for k in kernels
+    )
+    launches = LAUNCH_MS * len(kernels)
+    return Estimate(
+        p50_ms=REACHED * bound + launches, low_ms=bound, high_ms=WORST * bound + 2 * launches,
+        method="roofline", basis=f"peak figures of {target.title}; nothing was measured",
+    )  # fmt: skip
