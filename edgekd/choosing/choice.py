@@ -176,7 +176,7 @@ def _corrected(
     corrected = {}
     for name, model in models.items():
         known = [
-            (found[i].net, precision, p50_ms)
+            (found[i].ops, precision, p50_ms)
             for i, of_targets in measured.items()
             for precision, p50_ms in of_targets.get(name, {}).items()
         ]
@@ -190,7 +190,7 @@ def _prices(
     models: Mapping[str, LatencyModel],
     measured: Mapping[int, Measured],
 ) -> list[Priced]:
-    nets = [candidate.net for candidate in found]
+    nets = [(candidate.ops, None) for candidate in found]
     prices: list[list[Price]] = [[] for _ in found]
     for target in targets:
         ships = [p for p in (target.float_precision, "int8" if target.scheme else None) if p]

@@ -16,6 +16,9 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from edgekd.errors import ModelError, RecipeError
+from edgekd.latency.fusion import kernels_of
+from edgekd.latency.model import traced
+from edgekd.latency.tracing import Op
 from edgekd.models.build import SPACES
 from edgekd.network import Network
 from edgekd.recipe import ChosenSection, PruneSection, StudentSection
@@ -59,10 +62,23 @@ class Member(BaseModel):
 
 @dataclass(frozen=True)
 class Candidate:
-    """A member with the network that stands for its shapes."""
+    """A member with what the latency model sees of it.
+
+    Attributes:
+        architecture: of its network, see `Network.architecture`.
+    """
 
     member: Member
-    net: Network
+    ops: list[Op]
+    architecture: str | None = None
+
+    @staticmethod
+    def of(net: Network, name: str, section: StudentSection, ratio: float | None) -> Candidate:
+        """The member that is this network, by its shapes alone."""
+        ops = traced(net)
+        macs = sum(kernel.macs for kernel in kernels_of(ops, "openvino", None))
+        member = Member(name=name, section=section, ratio=ratio, params=net.params, macs=macs)
+        return Candidate(member, ops, net.architecture)
 
 
 def candidates(
@@ -93,8 +109,7 @@ def candidates(
             if not net.resized:
                 continue  # prune refuses what it cannot make narrower
         found = True
-        member = Member(name=name, section=section, params=net.params, macs=net.macs)
-        yield Candidate(member, net)
+        yield Candidate.of(net, name, section, None)
     if not found:
         raise RecipeError(
             "student: no member is left; pruning makes none of them narrower: a larger goal in "
@@ -106,13 +121,13 @@ def pruned_variants(
     candidate: Candidate, prune: PruneSection, *, build: Builder, round_to: int
 ) -> Iterator[Candidate]:
     """A member pruned by each of AUTO_RATIOS that leaves something else than the one before."""
-    whole, before = build(candidate.member.section), candidate.net.params
+    member = candidate.member
+    whole, before = build(member.section), member.params
     for ratio in AUTO_RATIOS:
         net = _pruned(whole, prune, ratio, round_to)
         if net.params < before:
             before = net.params
-            changed = {"ratio": ratio, "params": net.params, "macs": net.macs}
-            yield Candidate(candidate.member.model_copy(update=changed), net)
+            yield Candidate.of(net, member.name, member.section, ratio)
 
 
 def _structure(module: nn.Module) -> str:

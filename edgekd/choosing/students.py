@@ -89,7 +89,7 @@ def choose_student(
         measurable={target.name for target in can},
         variants=(lambda c: pruned_variants(c, section, build=build, round_to=round_to))
         if auto and section is not None else None,
-        known=lambda c: took.get(c.net.architecture, {}),
+        known=lambda c: took.get(c.architecture, {}),
     )  # fmt: skip
 
 

@@ -127,7 +127,7 @@ class LatencyModel:
 
     def estimate(
         self,
-        net: Network | nn.Module,
+        net: Network | nn.Module | list[Op],
         precision: Precision,
         input_shapes: Sequence[Dims] | None = None,
     ) -> Estimate:
@@ -135,6 +135,7 @@ class LatencyModel:
 
         Args:
             net: untrained is enough: shapes set latency; on the meta device it costs no memory.
+                Or what `traced` gave for it.
             input_shapes: of one sample each; of a Network, its own.
 
         Raises:
@@ -145,7 +146,7 @@ class LatencyModel:
 
     def estimate_many(
         self,
-        nets: Iterable[tuple[Network | nn.Module, Sequence[Dims] | None]],
+        nets: Iterable[tuple[Network | nn.Module | list[Op], Sequence[Dims] | None]],
         precision: Precision,
     ) -> list[Estimate]:
         """Likewise of several, each with its input shapes."""
@@ -171,7 +172,7 @@ class LatencyModel:
 
     def corrected(
         self,
-        measured: Sequence[tuple[Network | nn.Module, Precision, float]],
+        measured: Sequence[tuple[Network | nn.Module | list[Op], Precision, float]],
         input_shapes: Sequence[Dims] | None = None,
     ) -> LatencyModel:
         """This model, moved to what a few networks took: on this device, or on a related one.
@@ -187,7 +188,9 @@ class LatencyModel:
 
     def _moved(
         self,
-        measured: Sequence[tuple[Network | nn.Module, Sequence[Dims] | None, Precision, float]],
+        measured: Sequence[
+            tuple[Network | nn.Module | list[Op], Sequence[Dims] | None, Precision, float]
+        ],
     ) -> LatencyModel:
         corrections = dict(self.corrections)
         plain = replace(self, corrections={})
@@ -199,8 +202,12 @@ class LatencyModel:
         return replace(self, corrections=corrections)
 
 
-def traced(net: Network | nn.Module, input_shapes: Sequence[Dims] | None) -> list[Op]:
-    """The operators of a float network."""
+def traced(
+    net: Network | nn.Module | list[Op], input_shapes: Sequence[Dims] | None = None
+) -> list[Op]:
+    """The operators of a float network; what they are already stays as it is."""
+    if isinstance(net, list):
+        return net
     if isinstance(net, Network):
         if net.scheme is not None:
             raise TargetError("estimates are of float networks, by the precision they will run in")

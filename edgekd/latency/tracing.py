@@ -162,6 +162,12 @@ def _view(x: Tensor, sizes: Sequence[int]) -> Sequence[int]:
     return [x.numel() // known if n == -1 else n for n in sizes]
 
 
+def _resized(x: Tensor, sides: Sequence[int] | None, *_: Any) -> Sequence[int]:
+    if sides is None:
+        raise NotImplementedError
+    return [*x.shape[:2], *sides]
+
+
 def _transpose(x: Tensor, a: int, b: int) -> Sequence[int]:
     shape = list(x.shape)
     shape[a], shape[b] = shape[b], shape[a]
@@ -182,6 +188,10 @@ SHAPES: dict[Any, Callable[..., Sequence[int]]] = {
     aten.view.default: _view,
     aten._unsafe_view.default: _view,
     aten.transpose.int: _transpose,
+    aten.upsample_bilinear2d.vec: _resized,
+    aten.upsample_bilinear2d.default: _resized,
+    aten.upsample_nearest2d.vec: _resized,
+    aten.upsample_nearest2d.default: _resized,
     aten.t.default: lambda x: x.shape[::-1],
     aten.permute.default: lambda x, axes: [x.shape[a] for a in axes],
     aten.addmm.default: lambda b, x, y, **_: (x.shape[0], y.shape[1]),

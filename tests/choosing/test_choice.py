@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from edgekd.choosing.choice import MARGIN, ROUNDS, Choice, choose
-from edgekd.choosing.members import Candidate, Member
+from edgekd.choosing.members import Candidate
 from edgekd.errors import RecipeError
 from edgekd.latency.model import Estimate
+from edgekd.latency.tracing import Op
 from edgekd.network import Network
 from edgekd.recipe import StudentSection
 from edgekd.target import Precision, Target
@@ -27,15 +28,16 @@ def candidate(width: int, ratio: float | None = None) -> Candidate:
     with torch.device("meta"):
         net = Network(nn.Conv2d(3, width, 3), torch.zeros(1, 3, 8, 8))
     section = StudentSection(model="test", kwargs={"width": width})
-    member = Member(
-        name=f"width={width}", section=section, ratio=ratio, params=net.params, macs=net.macs
-    )
-    return Candidate(member, net)
+    return Candidate.of(net, f"width={width}", section, ratio)
 
 
-def takes_ms(net: Network, precision: str = "int8") -> float:
+def width_of(ops: list[Op]) -> int:
+    return next(op.weight[0] for op in ops if op.kind == "convolution")
+
+
+def takes_ms(ops: list[Op], precision: str = "int8") -> float:
     """What the device does: 10 µs, and 1 µs a channel; half as fast in float."""
-    width = net.module.weight.shape[0]
+    width = width_of(ops)
     return (10 + width) / 1000 * (1 if precision == "int8" else 2)
 
 
@@ -45,19 +47,21 @@ class Model:
     def __init__(self, off: float = 1.0, spread: float = 0.0, factor: float = 1.0) -> None:
         self.off, self.spread, self.factor = off, spread, factor
 
-    def estimate(self, net: Network, precision: str) -> float:
-        width = net.module.weight.shape[0]
+    def estimate(self, net: list[Op], precision: str) -> float:
+        width = width_of(net)
         odd = math.exp(self.spread * np.random.default_rng(width).standard_normal())
         return takes_ms(net, precision) * self.off * odd * self.factor
 
-    def estimate_many(self, nets: Sequence[Network], precision: Precision) -> list[Estimate]:
+    def estimate_many(
+        self, nets: Sequence[tuple[list[Op], None]], precision: Precision
+    ) -> list[Estimate]:
         return [
             Estimate(p50_ms=(ms := self.estimate(net, precision)), low_ms=ms / 1.5,
                      high_ms=1.5 * ms, method="model", basis="arithmetic")
-            for net in nets
+            for net, _ in nets
         ]  # fmt: skip
 
-    def corrected(self, measured: Sequence[tuple[Network, Precision, float]]) -> Model:
+    def corrected(self, measured: Sequence[tuple[list[Op], Precision, float]]) -> Model:
         gaps = [math.log(ms / self.estimate(net, p)) for net, p, ms in measured]
         return Model(self.off, self.spread, math.exp(sum(gaps) / len(gaps)))
 
@@ -69,8 +73,8 @@ def chosen(
     tried: list[int] = []
 
     def measure(candidate: Candidate) -> dict[str, dict[Precision, float]]:
-        tried.append(candidate.net.module.weight.shape[0])
-        return {HOST.name: {p: takes_ms(candidate.net, p) for p in ("fp32", "int8")}}
+        tried.append(width_of(candidate.ops))
+        return {HOST.name: {p: takes_ms(candidate.ops, p) for p in ("fp32", "int8")}}
 
     choice = choose(
         [candidate(w) for w in widths], targets=[HOST], budget_ms={HOST.name: budget_ms},
@@ -130,7 +134,7 @@ def test_without_a_device_the_upper_bound_has_to_be_inside():
 
 def test_every_budget_counts():
     def measure(candidate: Candidate) -> dict[str, dict[Precision, float]]:
-        return {HOST.name: {"int8": takes_ms(candidate.net)}}
+        return {HOST.name: {"int8": takes_ms(candidate.ops)}}
 
     choice = choose(
         [candidate(w) for w in range(4, 200, 4)], targets=[HOST, NANO],
@@ -145,7 +149,7 @@ def test_pruned_variants_of_what_is_somewhat_over_are_considered():
     asked: list[int] = []
 
     def variants(whole: Candidate) -> list[Candidate]:
-        width = whole.net.module.weight.shape[0]
+        width = width_of(whole.ops)
         asked.append(width)
         return [candidate(width // 2, ratio=0.5)]
 
