@@ -56,8 +56,8 @@ MATRIX = CONVOLUTIONS | {
     "Gemm", "FusedGemm", "QGemm", "MatMul", "FusedMatMul", "FullyConnected", "QLinearMatMul",
     "Subgraph",
 }  # fmt: skip
-# OpenVINO: no work, or that on a handful of numbers
-FREE = {"Const", "Input", "Output", "ShapeOf", "Broadcast", "Range"}
+# OpenVINO's that do no work, or that on a handful of numbers
+FREE = {"Const", "Input", "Output", "Reshape", "ShapeOf", "Broadcast", "Range", "Gather"}
 SLOW_NAMES = re.compile("silu|gelu|sigmoid|swish|tanh|mish", re.IGNORECASE)
 SHORT = {"com.microsoft.nchwc": ".nchwc", "com.microsoft": "", "": ""}
 
@@ -159,6 +159,13 @@ def of_openvino(node: RuntimeNode) -> Kernel:
     return of_tensor(op, node.inputs[0] if op == "Split" else out, reads, writes)
 
 
-def of_node(runtime: str, node: RuntimeNode) -> Kernel:
-    """The kernel that a node of this runtime's graph is."""
-    return (of_openvino if runtime == "openvino" else of_onnxruntime)(node)
+def timed_kernels(runtime: str, nodes: Sequence[RuntimeNode]) -> list[tuple[Kernel, float]]:
+    """The kernels of a runtime's graph with the ms of each, without what does no work."""
+    if runtime == "onnxruntime":
+        return [(of_onnxruntime(node), node.p50_ms) for node in nodes]
+    return [(of_openvino(node), node.p50_ms) for node in nodes if works(node)]
+
+
+def works(node: RuntimeNode) -> bool:
+    """Whether an OpenVINO node computes more than shapes."""
+    return node.operator not in FREE and len(node.outputs[0]) > 1
