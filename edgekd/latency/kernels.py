@@ -94,7 +94,7 @@ def of_onnxruntime(node: RuntimeNode) -> Kernel:
     domain, _, kind = node.operator.rpartition(":")
     op = kind + SHORT.get(domain, "")
     a = node.attributes
-    inputs = [i for i, t in zip(node.inputs, node.types, strict=True)]
+    inputs = node.inputs
     constants = [tuple(c) for c in a["constants"]]
     out = node.outputs[0]
     last = kind == "NhwcMaxPool" or (bool(a.get("channels_last")) and kind != "ReorderInput")
@@ -142,8 +142,9 @@ def of_openvino(node: RuntimeNode) -> Kernel:
         stride = max(1, round(node.inputs[0][2] / out[2])) if len(out) == 4 else 1
         adds = len([i for i in node.inputs[2:] if i == out]) > 0
         reads = math.prod(node.inputs[0]) + adds * math.prod(out)
-        return Kernel(op, cin, channels, weight[-1], stride, groups, height, width,
-                      "+".join(filter(None, ["add" * adds, exp])), reads, math.prod(out))  # fmt: skip
+        fused = "+".join(filter(None, ["add" * adds, exp]))
+        return Kernel(op, cin, channels, weight[-1], stride, groups, height, width, fused, reads,
+                      math.prod(out))  # fmt: skip
     reads = sum(math.prod(i) for i in node.inputs if len(i) > 1 and i not in constants)
     writes = sum(map(math.prod, node.outputs))
     if op == "FullyConnected":

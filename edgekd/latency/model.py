@@ -15,10 +15,10 @@ from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 from scipy.optimize import nnls
-import torch
 from torch import nn
 
 from edgekd.errors import TargetError
