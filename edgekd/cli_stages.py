@@ -310,4 +310,30 @@ def verify(
         raise typer.Exit(1)
 
 
-STAGES = (distill, prune, quantize, export, verify, profile)
+def calibrate(
+    target: TargetOption,
+    device: Annotated[
+        str, typer.Option(help="local, or a link: ssh://user@host:port, adb://serial.")
+    ] = "local",
+    related: Annotated[
+        str | None, typer.Option("--from", help="A related target whose profile adapts to it.")
+    ] = None,
+    threads: Annotated[int, typer.Option(help="Threads of the runtime.")] = 1,
+    minutes: Annotated[float, typer.Option(help="Start no other network after this.")] = 10.0,
+) -> None:
+    """Measure up to 20 small networks on a device, and fit its latency model.
+
+    Broken off, the same command goes on. The rows are in $EDGEKD_HOME/profiles, or
+    ~/.edgekd/profiles.
+
+    Example: edgekd calibrate --target host-onnxruntime
+
+    Example: edgekd calibrate --target jetson-orin-nano --device ssh://me@orin --from jetson-nano
+    """
+    from edgekd.latency.calibrate import calibrate as verb
+
+    done = verb(target, device=device, related=related, threads=threads, minutes=minutes)
+    print(done.summary)
+
+
+STAGES = (distill, prune, quantize, export, verify, profile, calibrate)

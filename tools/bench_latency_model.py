@@ -29,11 +29,11 @@ from torch import nn
 
 import edgekd
 from edgekd.files import write_atomically
+from edgekd.latency.calibrate import one_run
 from edgekd.latency.measuring import host_name, today
 from edgekd.latency.probes import ProbeKind, probe
 from edgekd.latency.runtime_graph import runtime_nodes
 from edgekd.runtimes.base import fingerprint, get_runtime
-from edgekd.stages.profile import one_run
 from edgekd.target import Target
 
 ROOT = Path(__file__).parents[1]

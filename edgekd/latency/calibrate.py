@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from edgekd.errors import TargetError
-from edgekd.latency.kernels import FREE, of_node
+from edgekd.latency.kernels import timed_kernels
 from edgekd.latency.measuring import Measurement, host_name, today
 from edgekd.latency.model import LatencyModel, leave_one_out
 from edgekd.latency.probes import ProbeKind, probe
@@ -20,8 +20,8 @@ from edgekd.latency.profiles import ProfileRow, append_rows, own_file, read_prof
 from edgekd.latency.runtime_graph import READERS, RUNS, RuntimeNode, runtime_nodes
 from edgekd.network import Network
 from edgekd.reporting.progress import Progress, console
-from edgekd.runtimes.base import fingerprint, get_runtime
-from edgekd.stages.profile import one_run, profile_together
+from edgekd.runtimes.base import Arrays, Session, fingerprint, get_runtime
+from edgekd.stages.profile import profile_together
 from edgekd.stages.quantize import quantize
 from edgekd.target import Precision, Target, host_instruction_set
 
@@ -190,6 +190,13 @@ def measure_here(
     return rows
 
 
+def one_run(session: Session) -> Callable[[], Arrays]:
+    """One run of batch 1 on fixed random inputs."""
+    draw = np.random.default_rng(0)
+    inputs = [draw.standard_normal(shape, dtype=np.float32) for shape in session.input_shapes]
+    return lambda: session(inputs)
+
+
 def time_quietly(calls: Mapping[Key, Callable[[], object]]) -> dict[Key, list[float]]:
     """ms of CPU time of each run, in turns, warmed up.
 
@@ -236,12 +243,10 @@ def rows_of(
         date=today(), origin="host", sha256=sha256,
     )  # fmt: skip
     rows = [common]
-    for node in nodes:
-        if node.operator in FREE or node.p50_ms <= 0:
-            continue
-        kernel = of_node(target.runtime, node)
+    for kernel, ms in timed_kernels(target.runtime, nodes):
         rows.append(common.model_copy(update={
-            "kind": "kernel", **kernel._asdict(), "macs": kernel.macs, "p50_ms": node.p50_ms,
+            "kind": "kernel", **kernel._asdict(), "macs": kernel.macs,
+            "p50_ms": max(round(ms, 6), 1e-4),  # the clock may tell 0 µs
             "low_ms": None, "high_ms": None, "quiet_ms": None, "runs": RUNS, "clock": "wall",
         }))  # fmt: skip
     return rows

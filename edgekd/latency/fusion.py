@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
@@ -39,7 +40,7 @@ def as_exported(ops: Sequence[Op]) -> list[Op]:
     stands: dict[int, Op] = {}
     merged: dict[int, Op] = {}  # a view into three axes -> what it viewed
     kept: list[Op] = []
-    for op in ops:
+    for op in copied(ops):
         op.inputs = [stands.get(id(i), i) for i in op.inputs]
         if op.kind == "view" and len(op.shape) == 3 and all(u.kind == "bmm" for u in op.users):
             source = op.inputs[0]
@@ -60,6 +61,19 @@ def as_exported(ops: Sequence[Op]) -> list[Op]:
         if id(op) not in stands:
             kept.append(op)
     return alive(kept)
+
+
+def copied(ops: Sequence[Op]) -> list[Op]:
+    """The same graph, to be changed."""
+    copies = {id(op): replace(op, options=dict(op.options)) for op in ops}
+    for op in ops:
+        for i in op.inputs:  # constants are in no list
+            copies.setdefault(id(i), replace(i, users=[]))
+    for copy in copies.values():
+        copy.inputs = [copies[id(i)] for i in copy.inputs]
+    made = [copies[id(op)] for op in ops]
+    count_users(made)
+    return made
 
 
 def scaled(op: Op) -> bool:
@@ -435,7 +449,7 @@ CLIPS = ("relu", "clip")
 
 
 class Placement:
-    """Which operators of a traced module run in integers, as `quantization/placement.py` decides."""
+    """Which operators of a traced module run in integers, see `quantization/placement.py`."""
 
     def __init__(self, ops: Sequence[Op], scheme: QuantScheme) -> None:
         self.scheme = scheme
@@ -525,8 +539,8 @@ def ends(op: Op) -> bool:
 LAST = {"QLinearConv", "NhwcMaxPool", "QLinearGlobalAveragePool", "QLinearAveragePool"}
 AGNOSTIC = {
     "QuantizeLinear", "DequantizeLinear", "Add", "Mul", "Sub", "Div", "Erf", "QLinearAdd",
-    "QLinearMul", "QLinearSigmoid", "QLinearConcat", *ONNX.values(), "add", "mul", "sub", "div", "cat",
-    "split", "part",
+    "QLinearMul", "QLinearSigmoid", "QLinearConcat", *ONNX.values(), "add", "mul", "sub", "div",
+    "cat", "split", "part",
 }  # fmt: skip
 TO_LAST, TO_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
 
@@ -907,13 +921,13 @@ def _ov_unbind(op: Op, chains: _Chains) -> None:
 
 
 def _ov_matmul(op: Op, chains: _Chains) -> None:
-    first, second = op.inputs
+    first = op.inputs[0]
     chains.rows.add(id(op))
     if first.kind == "softmax":
         return  # with the product before it
     if len(op.users) == 1 and op.users[0].kind == "softmax":
         integer = chains.place is not None
-        for index in range(3 if integer else 1):
+        for _ in range(3 if integer else 1):
             chains.kernels.append(elementwise("Eltwise", first.shape, first.size))
         batch, rows = math.prod(op.shape[:-2]), op.shape[-2]
         chains.emit(op, Kernel("Subgraph", 2 * first.shape[-1], op.shape[-1], groups=batch,
@@ -934,8 +948,9 @@ def _ov_shuffle(op: Op, chains: _Chains) -> None:
 
 
 RULE: dict[str, Callable[[Op, _Chains], None]] = {
-    "convolution": _ov_convolution, "view": _ov_shuffle, "add": _ov_binary, "mul": _ov_binary, "sub": _ov_binary,
-    "layer_norm": _ov_norm, "mean": _ov_mean, "permute": _ov_permute, "transpose": _ov_permute,
+    "convolution": _ov_convolution, "view": _ov_shuffle, "add": _ov_binary, "mul": _ov_binary,
+    "sub": _ov_binary, "layer_norm": _ov_norm, "mean": _ov_mean, "permute": _ov_permute,
+    "transpose": _ov_permute,
     "unbind": _ov_unbind, "matmul": _ov_matmul, "softmax": lambda op, chains: (
         None if op.inputs[0].kind == "matmul" else _other(op, chains)
     ),

@@ -56,8 +56,8 @@ MATRIX = CONVOLUTIONS | {
     "Gemm", "FusedGemm", "QGemm", "MatMul", "FusedMatMul", "FullyConnected", "QLinearMatMul",
     "Subgraph",
 }  # fmt: skip
-# OpenVINO: no work, or that on a handful of numbers
-FREE = {"Const", "Input", "Output", "ShapeOf", "Broadcast", "Range"}
+# OpenVINO's that do no work, or that on a handful of numbers
+FREE = {"Const", "Input", "Output", "Reshape", "ShapeOf", "Broadcast", "Range", "Gather"}
 SLOW_NAMES = re.compile("silu|gelu|sigmoid|swish|tanh|mish", re.IGNORECASE)
 SHORT = {"com.microsoft.nchwc": ".nchwc", "com.microsoft": "", "": ""}
 
@@ -94,7 +94,7 @@ def of_onnxruntime(node: RuntimeNode) -> Kernel:
     domain, _, kind = node.operator.rpartition(":")
     op = kind + SHORT.get(domain, "")
     a = node.attributes
-    inputs = [i for i, t in zip(node.inputs, node.types, strict=True)]
+    inputs = node.inputs
     constants = [tuple(c) for c in a["constants"]]
     out = node.outputs[0]
     last = kind == "NhwcMaxPool" or (bool(a.get("channels_last")) and kind != "ReorderInput")
@@ -142,8 +142,9 @@ def of_openvino(node: RuntimeNode) -> Kernel:
         stride = max(1, round(node.inputs[0][2] / out[2])) if len(out) == 4 else 1
         adds = len([i for i in node.inputs[2:] if i == out]) > 0
         reads = math.prod(node.inputs[0]) + adds * math.prod(out)
-        return Kernel(op, cin, channels, weight[-1], stride, groups, height, width,
-                      "+".join(filter(None, ["add" * adds, exp])), reads, math.prod(out))  # fmt: skip
+        fused = "+".join(filter(None, ["add" * adds, exp]))
+        return Kernel(op, cin, channels, weight[-1], stride, groups, height, width, fused, reads,
+                      math.prod(out))  # fmt: skip
     reads = sum(math.prod(i) for i in node.inputs if len(i) > 1 and i not in constants)
     writes = sum(map(math.prod, node.outputs))
     if op == "FullyConnected":
@@ -159,6 +160,13 @@ def of_openvino(node: RuntimeNode) -> Kernel:
     return of_tensor(op, node.inputs[0] if op == "Split" else out, reads, writes)
 
 
-def of_node(runtime: str, node: RuntimeNode) -> Kernel:
-    """The kernel that a node of this runtime's graph is."""
-    return (of_openvino if runtime == "openvino" else of_onnxruntime)(node)
+def timed_kernels(runtime: str, nodes: Sequence[RuntimeNode]) -> list[tuple[Kernel, float]]:
+    """The kernels of a runtime's graph with the ms of each, without what does no work."""
+    if runtime == "onnxruntime":
+        return [(of_onnxruntime(node), node.p50_ms) for node in nodes]
+    return [(of_openvino(node), node.p50_ms) for node in nodes if works(node)]
+
+
+def works(node: RuntimeNode) -> bool:
+    """Whether an OpenVINO node computes more than shapes."""
+    return node.operator not in FREE and len(node.outputs[0]) > 1

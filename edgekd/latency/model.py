@@ -15,10 +15,10 @@ from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 from scipy.optimize import nnls
-import torch
 from torch import nn
 
 from edgekd.errors import TargetError
@@ -165,7 +165,9 @@ class LatencyModel:
                     f"{self.target.name}: no network was measured in {precision}; run: "
                     f"edgekd calibrate --target {self.target.name}"
                 )
-            found = roofline(kernels_of(ops, "openvino", scheme), self.target, precision)
+            # any runtime fuses about as OpenVINO does; reorders are its own
+            fused = [k for k in kernels_of(ops, "openvino", scheme) if k.op != "Reorder"]
+            found = roofline(fused, self.target, precision)
         else:
             found = fit.estimate(kernels_of(ops, self.target.runtime, scheme))
         return _corrected(found, self.corrections.get(precision))

@@ -232,12 +232,15 @@ def _dense(draw: random.Random) -> tuple[nn.Module, Shape]:
             branch = nn.Sequential(_conv(cin, cout, 3, act(), stride), _conv(cout, cout, 3, None))
             return Residual(branch, _shortcut(cin, cout, stride), act())
         if kind == "joined":
-            parts = [_eight(cout * share) for share in (0.25, 0.5, 0.25)]
+            narrow, wide = _eight(cout * 0.25), _eight(cout * 0.5)
+            rest = cout - narrow - wide
+            if rest <= 0:
+                return _conv(cin, cout, 3, act(), stride)
             return Joined([
-                _conv(cin, parts[0], 1, act(), stride),
-                nn.Sequential(_conv(cin, parts[1], 1, act()), _conv(parts[1], parts[1], 3, act(), stride)),
-                nn.Sequential(nn.AvgPool2d(3, stride, 1), _conv(cin, cout - parts[0] - parts[1], 1, act())),
-            ]) if cout > parts[0] + parts[1] else _conv(cin, cout, 3, act(), stride)  # fmt: skip
+                _conv(cin, narrow, 1, act(), stride),
+                nn.Sequential(_conv(cin, wide, 1, act()), _conv(wide, wide, 3, act(), stride)),
+                nn.Sequential(nn.AvgPool2d(3, stride, 1), _conv(cin, rest, 1, act())),
+            ])  # fmt: skip
         inner = _eight(cout * draw.choice((0.25, 0.5)))
         groups = 1
         if kind == "grouped":

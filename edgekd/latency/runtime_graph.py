@@ -101,8 +101,7 @@ def onnxruntime_nodes(path: Path, threads: int = 1) -> list[RuntimeNode]:
 
 
 KEPT = {
-    "activation", "group", "strides", "kernel_shape", "channels_last", "perm", "axis", "axes", "mode",
-    "pads", "fuse_relu", "scales",
+    "activation", "group", "strides", "kernel_shape", "channels_last", "perm",
 }  # fmt: skip
 
 

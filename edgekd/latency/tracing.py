@@ -106,14 +106,14 @@ def _broadcast(x: Any, y: Any, *_: Any, **__: Any) -> Sequence[int]:
 
 def _sides(
     sides: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], up: bool = False,
+    dilation: Sequence[int],
 ) -> list[int]:  # fmt: skip
     ones = len(sides)
     stride, padding, dilation, kernel = (
         [*v, *[v[-1]] * (ones - len(v))] for v in (stride, padding, dilation, kernel)
     )
     return [
-        n + 2 * p - d * (k - 1) - 1 + s * up if False else (n + 2 * p - d * (k - 1) - 1) // s + up
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
         for n, k, s, p, d in zip(sides, kernel, stride, padding, dilation, strict=True)
     ]
 
@@ -127,7 +127,7 @@ def _convolution(
     return [
         x.shape[0],
         w.shape[0],
-        *_sides(x.shape[2:], w.shape[2:], stride, padding, dilation, True),
+        *_sides(x.shape[2:], w.shape[2:], stride, padding, dilation),
     ]
 
 
@@ -137,7 +137,7 @@ def _pool(
 ) -> Sequence[int]:  # fmt: skip
     if ceil:
         raise NotImplementedError
-    return [*x.shape[:-2], *_sides(x.shape[-2:], kernel, stride or kernel, padding, dilation, True)]
+    return [*x.shape[:-2], *_sides(x.shape[-2:], kernel, stride or kernel, padding, dilation)]
 
 
 def _average(x: Tensor, kernel: Any, stride: Any = (), padding: Any = (0,), *rest: Any) -> Any:
@@ -223,7 +223,8 @@ IN_PLACE = {
 NAMES = {"native_batch_norm": "batch_norm", "_native_batch_norm_legit_no_training": "batch_norm",
          "native_layer_norm": "layer_norm", "max_pool2d_with_indices": "max_pool2d",
          "_unsafe_view": "view", "addmm": "linear", "mm": "linear", "_softmax": "softmax",
-         "_safe_softmax": "softmax", "hardtanh": "clamp", "_adaptive_avg_pool2d": "adaptive_avg_pool2d",
+         "_safe_softmax": "softmax", "hardtanh": "clamp",
+         "_adaptive_avg_pool2d": "adaptive_avg_pool2d",
          "native_group_norm": "group_norm"}  # fmt: skip
 
 
@@ -287,10 +288,8 @@ class _Recorder(TorchDispatchMode):
         skip = 1 if weight else None
         inputs = [self.op(a) for a in given]
         if name == "linear":
-            x = given[-2]
-            inputs = [self.op(x)] if given[-1] is not x and self.op(given[-1]).kind == "constant" else [
-                self.op(given[-2]), self.op(given[-1])
-            ]  # fmt: skip
+            x, y = given[-2:]
+            inputs = [self.op(x)] if self.op(y).kind == "constant" else [self.op(x), self.op(y)]
         elif skip:
             inputs = inputs[:1]
         outputs = result if isinstance(result, (list, tuple)) else [result]
@@ -406,7 +405,8 @@ def alive(ops: list[Op]) -> list[Op]:
     return alive
 
 
-def count_users(ops: list[Op]) -> None:
+def count_users(ops: Sequence[Op]) -> None:
+    """Tell each operator what reads it."""
     for op in ops:
         op.users = []
     for op in ops:

@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from edgekd.errors import TargetError
+from edgekd.latency.fusion import kernels_of
+from edgekd.latency.kernels import Kernel
+from edgekd.latency.model import LatencyModel, fit_rows, leave_one_out
+from edgekd.latency.probes import ProbeKind, probe
+from edgekd.latency.profiles import ProfileRow, append_rows, own_file
+from edgekd.latency.tracing import trace
+from edgekd.models.resnet import resnet
+from edgekd.network import Network
+from edgekd.target import Target
+
+KINDS: tuple[ProbeKind, ...] = ("dense", "depthwise", "transformer")
+CLOCK_MS = 0.002
+
+
+def law(kernel: Kernel) -> float:
+    """ms of a made-up device: 50 MACs/ns at most, 10 bytes/ns, 1 µs for each kernel."""
+    efficiency = min(1.0, kernel.cout / 64) * min(1.0, kernel.height * kernel.width / 100)
+    compute = kernel.macs / (50e6 * efficiency)
+    return 0.001 + compute + 4 * (kernel.reads + kernel.writes + kernel.weights) / 10e6
+
+
+def kernels(kind: ProbeKind, seed: int, target: Target) -> list[Kernel]:
+    with torch.device("meta"):
+        module, shape = probe(kind, seed)
+    return kernels_of(trace(module, [shape]), target.runtime, None)
+
+
+def rows(target: Target, per_kind: int = 4, slower: float = 1.0) -> list[ProfileRow]:
+    made = []
+    draw = np.random.default_rng(0)
+    for kind in KINDS:
+        for seed in range(per_kind):
+            found = kernels(kind, seed, target)
+            times = [slower * law(k) for k in found]
+            common = ProfileRow(
+                kind="network", network=f"{kind}-{seed}", precision="fp32", threads=1,
+                p50_ms=sum(times) * 1.05, quiet_ms=sum(times), runs=100, clock="cpu",
+                runtime=target.runtime, runtime_version="0", host="made up",
+                instruction_set="none", conditions="none", date="2026-11-24", origin="host",
+                sha256=f"{kind}-{seed}",
+            )  # fmt: skip
+            made.append(common)
+            for kernel, ms in zip(found, times, strict=True):
+                noisy = ms * math.exp(0.03 * draw.standard_normal()) + CLOCK_MS
+                made.append(common.model_copy(update={
+                    "kind": "kernel", **kernel._asdict(), "p50_ms": noisy, "quiet_ms": None,
+                }))  # fmt: skip
+    return made
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("EDGEKD_HOME", str(tmp_path))
+    monkeypatch.setattr("edgekd.latency.profiles.data_folders", lambda kind: [tmp_path / kind])
+    return tmp_path
+
+
+def test_it_learns_a_device_from_its_networks(home):
+    target = Target.load("host-onnxruntime")
+    append_rows(own_file(target), rows(target))
+    model = LatencyModel.load(target)
+    off = []
+    for kind in KINDS:
+        for seed in range(20, 24):
+            with torch.device("meta"):
+                module, shape = probe(kind, seed)
+            found = model.estimate(module, "fp32", [shape])
+            truth = sum(map(law, kernels(kind, seed, target)))
+            assert found.method == "model"
+            assert found.low_ms < found.p50_ms < found.high_ms
+            off.append(abs(found.p50_ms / truth - 1))
+    assert np.mean(off) < 0.06
+    assert np.mean(np.array(off) < 0.15) >= 0.9
+
+
+def test_the_clocks_cost_is_found_and_left_out(home):
+    target = Target.load("host-onnxruntime")
+    for by_network in leave_one_out(rows(target)).values():
+        assert abs(np.mean(list(by_network.values())) - 1) < 0.03
+
+
+def test_the_interval_covers_nine_networks_of_ten(home):
+    target = Target.load("host-onnxruntime")
+    fit = fit_rows(rows(target, per_kind=5))["fp32"]
+    covered = 0
+    for kind in KINDS:
+        for seed in range(30, 38):
+            found = kernels(kind, seed, target)
+            estimate = fit.estimate(found)
+            covered += estimate.low_ms <= sum(map(law, found)) <= estimate.high_ms
+    assert covered >= 0.75 * 24
+
+
+def test_measurements_move_it(home):
+    target = Target.load("host-onnxruntime")
+    append_rows(own_file(target), rows(target))
+    model = LatencyModel.load(target)
+    nets = [Network(resnet(num_classes=4, widths=w), torch.zeros(1, 3, 32, 32))
+            for w in ((16, 32), (24, 48), (32, 64))]  # fmt: skip
+    before = [model.estimate(net, "fp32").p50_ms for net in nets]
+    moved = model.corrected([(nets[0], "fp32", 1.5 * before[0])])
+    assert moved.estimate(nets[0], "fp32").p50_ms == pytest.approx(1.5 * before[0], rel=0.01)
+    assert moved.estimate(nets[2], "fp32").p50_ms == pytest.approx(1.5 * before[2], rel=0.01)
+    assert [model.estimate(net, "fp32").p50_ms for net in nets] == before
+    several = model.corrected([(n, "fp32", ms**1.1) for n, ms in zip(nets, before, strict=True)])
+    assert several.estimate(nets[1], "fp32").p50_ms == pytest.approx(before[1] ** 1.1, rel=0.05)
+
+
+def test_a_related_device_needs_few_networks(home):
+    known, new = Target.load("host-onnxruntime"), Target.load("android-arm64")
+    append_rows(own_file(known), rows(known))
+    wholes = [
+        row.model_copy(update={"quiet_ms": None, "related": known.name})
+        for row in rows(new, per_kind=2, slower=3.0) if row.kind == "network"
+    ]  # fmt: skip
+    append_rows(own_file(new), wholes)
+    model = LatencyModel.load(new)
+    with torch.device("meta"):
+        module, shape = probe("dense", 21)
+    truth = 3 * 1.05 * sum(map(law, kernels("dense", 21, new)))
+    assert model.estimate(module, "fp32", [shape]).p50_ms == pytest.approx(truth, rel=0.15)
+
+
+def test_a_new_row_is_seen(home):
+    target = Target.load("host-onnxruntime")
+    append_rows(own_file(target), rows(target))
+    net = Network(resnet(num_classes=4), torch.zeros(1, 3, 32, 32))
+    before = LatencyModel.load(target).estimate(net, "fp32").p50_ms
+    slow = [r.model_copy(update={"p50_ms": 2 * r.p50_ms, "quiet_ms": r.quiet_ms and 2 * r.quiet_ms})
+            for r in rows(target)]  # fmt: skip
+    append_rows(own_file(target), slow)  # the same files, measured again
+    after = LatencyModel.load(target).estimate(net, "fp32").p50_ms
+    assert after == pytest.approx(2 * before, rel=0.1)
+
+
+def test_a_device_never_measured_is_bounded_by_its_peak(home):
+    target = Target.load("jetson-nano")
+    net = nn.Conv2d(64, 64, 3, padding=1, bias=False)
+    found = LatencyModel.load(target).estimate(net, "fp16", [(64, 56, 56)])
+    assert found.method == "roofline"
+    macs = 64 * 64 * 9 * 56 * 56
+    assert found.low_ms == pytest.approx(2 * macs / (target.peak["fp16_gflops"] * 1e6))
+    assert found.high_ms > 3 * found.p50_ms > 9 * found.low_ms
+    assert "estimated (±?" in str(found)
+    moved = LatencyModel.load(target).corrected([(net, "fp16", 2.0)], [(64, 56, 56)])
+    assert moved.estimate(net, "fp16", [(64, 56, 56)]).p50_ms == pytest.approx(2.0, rel=0.02)
+
+
+def test_what_is_not_known_is_said(home):
+    net = nn.Conv2d(3, 8, 3)
+    with pytest.raises(TargetError, match="run: edgekd calibrate --target raspberry-pi-5"):
+        LatencyModel.load("raspberry-pi-5")
+    with pytest.raises(TargetError, match="jetson-nano runs .*, not int8"):
+        LatencyModel.load("jetson-nano").estimate(net, "int8", [(3, 32, 32)])
+    with pytest.raises(TargetError, match="needs input_shapes"):
+        LatencyModel.load("jetson-nano").estimate(net, "fp16")
