@@ -119,6 +119,8 @@ class Network:
         )
 
     def _output_names(self, examples: tuple[Tensor, ...]) -> tuple[str, ...]:
+        if any(parameter.is_meta for parameter in self.module.parameters()):
+            return ()  # shapes alone: it is priced, and never run
         try:
             with eval_mode(self.module), torch.no_grad():
                 out = self.module(*examples)

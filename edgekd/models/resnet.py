@@ -119,6 +119,7 @@ def resnet_space(kwargs: dict[str, Any], side: int) -> dict[str, list[Any]]:
         # one stage alone sees a few pixels at a time
         "widths": [widths[:count] for count in range(min(2, len(widths)), len(widths) + 1)],
         "depths": [1, 2, 3],
-        "scale": [0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0],
+        # steps of a tenth or so in latency: a budget is to be used
+        "scale": [*(0.25 * i for i in range(2, 13)), *(0.5 * i for i in range(7, 13)), 7.0, 8.0],
         "resolution": [None, *(round(side * share) for share in (0.75, 0.5))],
     }
