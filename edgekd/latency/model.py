@@ -24,7 +24,7 @@ from torch import nn
 from edgekd.errors import TargetError
 from edgekd.latency.fusion import kernels_of
 from edgekd.latency.kernels import CONVOLUTIONS, Kernel
-from edgekd.latency.probes import probe
+from edgekd.latency.probes import is_probe, probe
 from edgekd.latency.profiles import ProfileRow, own_file, read_profile
 from edgekd.latency.tracing import Dims, Op, trace
 from edgekd.network import Network
@@ -411,7 +411,8 @@ def _fitted(name: str, threads: int, *_: object) -> dict[Precision, _Fit]:
 def _whole(name: str, threads: int, *_: object) -> tuple[ProfileRow, ...]:
     """Rows of networks, where a target has none of kernels."""
     rows = [row for row in read_profile(name) if row.threads == threads]
-    return tuple(row for row in rows if row.kind == "network")
+    # by name: what `profile --import` brings in stands for itself, see `choosing`
+    return tuple(row for row in rows if row.kind == "network" and is_probe(row.network))
 
 
 def fit_rows(rows: Sequence[ProfileRow]) -> dict[Precision, _Fit]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,12 @@ def probe(kind: ProbeKind, seed: int) -> tuple[nn.Module, Shape]:
     """
     draw = random.Random(f"{kind} {seed}")
     return {"dense": _dense, "depthwise": _depthwise, "transformer": _transformer}[kind](draw)
+
+
+def is_probe(name: str) -> bool:
+    """Whether a network's name is that of a probe: its kind and its seed."""
+    kind, _, seed = name.partition("-")
+    return kind in get_args(ProbeKind) and seed.isdigit()
 
 
 # ---- blocks --------------------------------------------------------------------------------------
