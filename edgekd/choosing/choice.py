@@ -21,6 +21,8 @@ from edgekd.target import Precision, Target
 ROUNDS = 5
 MARGIN = 0.03  # of the budget: what repeats of a measurement differ by on a busy host
 CAUTION = 0.97
+USED = 0.85  # of the budget: below, larger members are measured that are estimated somewhat over
+HOPEFUL = 1.1
 LARGEST_OVER = 3.0  # times the budget: what half the channels of every layer may still mend
 MOST_PRUNED = 60  # members that "auto" prunes to price them
 NEAREST_LEFT_OUT = 10  # members that a report names
@@ -135,8 +137,17 @@ def choose(
             best = max(inside, key=lambda i: found[i].member.capacity)
         else:
             best = min(range(len(found)), key=lambda i: _share(prices[i], budget_ms))
-        if best in tried or not measurable or len(rounds) == ROUNDS:
+        if not measurable or len(rounds) == ROUNDS:
             break
+        if best in tried:
+            larger = [
+                i for i, p in enumerate(prices)
+                if i not in tried and found[i].member.capacity > found[best].member.capacity
+                and _share(p, budget_ms) <= HOPEFUL
+            ]  # fmt: skip
+            if not inside or _share(prices[best], budget_ms) >= USED or not larger:
+                break
+            best = min(larger, key=lambda i: _share(prices[i], budget_ms))
         assert measure is not None
         measured[best] = {**measured.get(best, {}), **measure(found[best])}
         tried.add(best)
