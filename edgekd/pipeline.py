@@ -325,8 +325,10 @@ class _Run:
         """
         kept = self.folder / "controls" / f"{stage.key}-{control.key}.json"
         if not kept.exists():
-            ours, targets = gather(predict(stage.net, self.data, on=fabric()))
-            theirs, _ = gather(predict(net or control.net, self.data, on=fabric()))
+            ours, targets = gather(predict(stage.net, self.data, on=fabric(), task=self.task))
+            theirs, _ = gather(
+                predict(net or control.net, self.data, on=fabric(), task=self.task)
+            )
             kept.parent.mkdir(exist_ok=True)
             write_atomically(kept, self.task.difference(ours, theirs, targets).model_dump_json())
         gap = Difference.model_validate_json(kept.read_text())

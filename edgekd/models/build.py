@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import inspect
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from edgekd.errors import MissingPackageError, ModelError, nearest
+from edgekd.models.detector import detector
 from edgekd.models.resnet import resnet
 
-FAMILIES = {"edgekd/resnet": resnet}
+FAMILIES: dict[str, Callable[..., nn.Module]] = {"edgekd/detector": detector, "edgekd/resnet": resnet}
 # arguments that fetch weights: never repeated when a saved network is rebuilt
 FETCHES = {"weights", "weights_backbone", "pretrained"}
 
