@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
@@ -34,10 +34,16 @@ class _Frozen(BaseModel):
 
 
 class Preprocessing(_Frozen):
-    """What turns a uint8 image into the input: (x / 255 − mean) / std, per channel."""
+    """What turns a uint8 image into the input: (x / 255 − mean) / std, per channel.
+
+    Attributes:
+        fit: how it gets the input's size: "crop": the shorter side is resized, the middle kept;
+            "letterbox": the whole image, see `edgekd.data.detection`.
+    """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    fit: Literal["crop", "letterbox"] = "crop"
 
 
 class Input(_Frozen):
@@ -107,7 +113,8 @@ class Network:
         named = _named_inputs(module, example_inputs)
         examples = tuple(named.values())
         if decoding is None and hasattr(module, "box_decoding"):
-            decoding = module.box_decoding(*examples[0].shape[2:])
+            core: Any = module
+            decoding = core.box_decoding(*examples[0].shape[2:])
         self.module = module
         self.build = build
         self.scheme: QuantScheme | None = None

@@ -19,7 +19,10 @@ from edgekd.errors import MissingPackageError, ModelError, nearest
 from edgekd.models.detector import detector
 from edgekd.models.resnet import resnet
 
-FAMILIES: dict[str, Callable[..., nn.Module]] = {"edgekd/detector": detector, "edgekd/resnet": resnet}
+FAMILIES: dict[str, Callable[..., nn.Module]] = {
+    "edgekd/detector": detector,
+    "edgekd/resnet": resnet,
+}
 # arguments that fetch weights: never repeated when a saved network is rebuilt
 FETCHES = {"weights", "weights_backbone", "pretrained"}
 

@@ -45,8 +45,8 @@ class Head(nn.Module):
 
         self.classes, self.boxes = tower(classes), tower(4)
         with torch.no_grad():
-            self.classes[-1].bias.fill_(-math.log((1 - PRIOR) / PRIOR))  # type: ignore[union-attr, operator]
-            self.boxes[-1].bias.fill_(math.log(2))  # type: ignore[union-attr, operator]  # 4 strides wide
+            self.classes[-1].bias.fill_(-math.log((1 - PRIOR) / PRIOR))  # type: ignore[operator]
+            self.boxes[-1].bias.fill_(math.log(2))  # type: ignore[operator]  # 4 strides wide
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(N, C, H, W) -> (N, HW, K) logits and (N, HW, 4) logarithms of distances."""

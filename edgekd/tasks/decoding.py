@@ -131,13 +131,13 @@ def boxes_of(decoding: Decoding, regression: Tensor) -> Tensor:
     at = anchors(decoding).to(regression.device)
     size, centre = at[:, 2:] - at[:, :2], (at[:, :2] + at[:, 2:]) / 2
     if decoding.boxes == "offset":
-        moved, grown = (regression / regression.new_tensor(decoding.weights)).split(2, -1)
+        moved, grown = (regression / regression.new_tensor(decoding.weights)).chunk(2, -1)
         middle = centre + moved * size
         half = grown.clamp(max=decoding.largest).exp() * size / 2
         return torch.cat([middle - half, middle + half], -1)
     if decoding.boxes == "log_distance":
         regression = regression.clamp(max=decoding.largest).exp()
-    before, behind = regression.split(2, -1)
+    before, behind = regression.chunk(2, -1)
     return torch.cat([centre - before * size, centre + behind * size], -1)
 
 
@@ -158,9 +158,7 @@ def detect(decoding: Decoding, outputs: Any) -> Tensor:
     height, width = decoding.image
     scores = scores_of(decoding, classes, *quality)
     boxes = boxes_of(decoding, regression)
-    boxes = torch.stack(
-        [boxes[..., i].clamp(0, (width, height)[i % 2]) for i in range(4)], -1
-    )
+    boxes = torch.stack([boxes[..., i].clamp(0, (width, height)[i % 2]) for i in range(4)], -1)
     found = torch.full((len(scores), decoding.detections, 6), -1.0)
     for image, (of_image, at) in enumerate(zip(scores, boxes, strict=True)):
         score, anchor, kind = _candidates(decoding, of_image)
@@ -175,9 +173,9 @@ def _candidates(decoding: Decoding, scores: Tensor) -> tuple[Tensor, Tensor, Ten
     classes = scores.shape[1]
     parts: Sequence[Tensor]
     if decoding.candidates_of == "level":
-        parts = scores.split([level.anchors for level in decoding.levels])
+        parts = torch.split(scores, [level.anchors for level in decoding.levels])
     else:
-        parts = scores.split(1, 1)
+        parts = torch.split(scores, 1, 1)
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     first = 0
     for number, part in enumerate(parts):

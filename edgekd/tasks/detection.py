@@ -4,7 +4,7 @@ Targets are the tensors that detection data yields behind the images:
 
     boxes (N, M, 5)  class, left, top, right, bottom in pixels of the input; what is learnt
     truth (N, M, 7)  the same in pixels of the original image, area, and whether it is a crowd
-    frame (N, 5)     width and height of the original, scale, left and top border of the input
+    frame (N, 6)     width and height of the original, scale in x and y, left and top border
 
 Class −1 is padding. With boxes alone, they are the truth too, and no image has a crowd.
 """
@@ -96,7 +96,7 @@ class Detection:
             )
         wanted = torch.zeros_like(scores).scatter(-1, kind[..., None], aligned[..., None])
         total = aligned.sum().clamp(min=1)
-        loss = self.class_weight * _class_loss(decoding, classes, wanted).sum() / total
+        loss: Tensor = self.class_weight * _class_loss(decoding, classes, wanted).sum() / total
         goal = truth[..., 1:].gather(1, row[..., None].expand(-1, -1, 4))
         apart = generalized_box_iou_loss(boxes[chosen], goal[chosen])
         loss = loss + self.box_weight * (aligned[chosen] * apart).sum() / total
@@ -160,8 +160,8 @@ class Detection:
         shapes = [[tuple(t.shape) for t in found] for found in (ours, theirs)]
         if shapes[0] != shapes[1]:
             raise ModelError(
-                f"the student's heads are {shapes[0]}, the teacher's {shapes[1]}; a detector learns "
-                "from one with the same strides, anchors and classes: choose such a student"
+                f"the student's heads are {shapes[0]}, the teacher's {shapes[1]}; a detector "
+                "learns from one of the same strides, anchors and classes: choose such a student"
             )
         scores = scores_of(decoding, theirs[0])
         weight = scores.amax(-1)
@@ -170,7 +170,7 @@ class Detection:
         classes = _divergence(decoding, ours[0], wanted)
         boxes, goal = (boxes_of(decoding, found[1]) for found in (ours, theirs))
         apart = generalized_box_iou_loss(boxes, goal)
-        loss = self.class_weight * (weight * classes).sum() / total
+        loss: Tensor = self.class_weight * (weight * classes).sum() / total
         loss = loss + self.box_weight * (weight * apart).sum() / total
         for mine, its in zip(ours[2:], theirs[2:], strict=True):
             each = _bernoulli_divergence(mine[..., 0], its[..., 0].sigmoid())
@@ -268,8 +268,6 @@ def _original(answers: Tensor, targets: tuple[Tensor, ...]) -> tuple[Tensor, Ten
         more = torch.stack([sides.prod(-1), torch.zeros_like(sides[..., 0])], -1)
         return answers, torch.cat([boxes, more], -1)
     truth, frame = rest
-    size, scale, border = frame[:, None, :2], frame[:, None, 2:3], frame[:, None, 3:]
-    edges = (answers[..., :4] - torch.cat([border, border], -1)) / scale
-    limits = torch.cat([size, size], -1)
-    edges = torch.minimum(edges.clamp(min=0), limits)
+    limits, scale, border = (part.repeat(1, 1, 2) for part in frame[:, None].chunk(3, -1))
+    edges = torch.minimum(((answers[..., :4] - border) / scale).clamp(min=0), limits)
     return torch.cat([edges, answers[..., 4:]], -1), truth
