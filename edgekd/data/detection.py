@@ -303,7 +303,7 @@ def resize(image: Pixels, height: int, width: int) -> Pixels:
     if image.shape[:2] == (height, width):
         return image
     x = np.tensordot(_weights(image.shape[0], height), image.astype(np.float32), 1)
-    x = np.matmul(_weights(image.shape[1], width), x)
+    x = np.tensordot(_weights(image.shape[1], width), x, (1, 1)).transpose(1, 0, 2)
     rounded: Pixels = np.rint(x).clip(0, 255).astype(np.uint8)
     return rounded
 

@@ -69,7 +69,10 @@ def _factory(name: str, *, trust: bool, origin: str) -> Any:
 
         if model not in models.list_models():
             raise ModelError(f"{origin}: no model {name!r}{nearest(model, models.list_models())}")
-        return lambda **kwargs: models.get_model(model, **kwargs)
+        from edgekd.models.torchvision_detectors import build_core, is_detector
+
+        build = build_core if is_detector(model) else models.get_model
+        return lambda **kwargs: build(model, **kwargs)
     if library == "timm" and model:
         try:
             import timm
