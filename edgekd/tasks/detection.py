@@ -84,16 +84,18 @@ class Detection:
         classes, regression, *quality = heads(outputs, decoding)
         truth = targets[0].to(regression.dtype)
         boxes = boxes_of(decoding, regression)
+        known = classes.shape[-1] - decoding.background
+        if int(truth[..., 0].max()) >= known:
+            raise DataError(
+                f"a box of class {int(truth[..., 0].max())}; the network has {known} classes, so "
+                f"they go from 0 to {known - 1}"
+            )
         with torch.no_grad():
             scores = scores_of(decoding, classes, *quality)
             given, aligned, overlap = self._assign(decoding, scores, boxes, truth)
         chosen = given >= 0
         row = given.clamp(min=0)
         kind = truth[..., 0].gather(1, row).long().clamp(min=0)
-        if int(kind.max()) >= scores.shape[-1]:
-            raise DataError(
-                f"a box of class {int(kind.max())}; the network has {scores.shape[-1]} classes"
-            )
         wanted = torch.zeros_like(scores).scatter(-1, kind[..., None], aligned[..., None])
         total = aligned.sum().clamp(min=1)
         loss: Tensor = self.class_weight * _class_loss(decoding, classes, wanted).sum() / total
