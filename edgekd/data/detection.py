@@ -424,9 +424,16 @@ def _json(file: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise DataError(f"{file} cannot be read as JSON: {error}; fetch it again") from None
     for key in ("images", "annotations", "categories"):
-        if not isinstance(content, dict) or not isinstance(content.get(key), list):
+        items = content.get(key) if isinstance(content, dict) else None
+        if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
             raise DataError(f"{file} has no list of {key}; COCO's files of instances have one")
     return dict(content)
+
+
+def _number(item: Mapping[str, Any], key: str) -> int | str | None:
+    """An id; None where it is absent or no id at all."""
+    found = item.get(key)
+    return found if isinstance(found, int | str) else None
 
 
 def _categories(content: Mapping[str, Any], file: Path) -> dict[int, str]:
@@ -445,7 +452,7 @@ def _image_folder(root: Path, images: Path | None, file: Path, content: Mapping[
     places = [root / "images" / stem, root / stem, root / "images", root]
     if images is not None:
         places = [images / stem, images]
-    names = [str(i.get("file_name")) for i in content["images"] if isinstance(i, dict)]
+    names = [str(item.get("file_name")) for item in content["images"]]
     for place in places:
         if any((place / name).is_file() for name in names):
             return place
@@ -471,10 +478,10 @@ def coco_records(
     Raises:
         DataError: an image's file name that leads out of the folder.
     """
-    sizes: dict[Any, tuple[Path, int, int]] = {}
-    left_out = set()
+    sizes: dict[int | str | None, tuple[Path, int, int]] = {}
+    left_out: set[int | str | None] = set()
     for item in content["images"]:
-        number = item.get("id")
+        number = _number(item, "id")
         where = f"{name}, image {number}"
         if number in sizes or number in left_out:
             problems.add("image id twice", where)
@@ -489,15 +496,16 @@ def coco_records(
             sizes[number] = (path, *size)
         else:
             left_out.add(number)
-    order = {key: index for index, key in enumerate(sorted(categories))}
-    boxes: dict[Any, list[Box]] = {number: [] for number in sizes}
-    seen = set()
-    for item in content["annotations"]:
-        number, image = item.get("id"), item.get("image_id")
-        where = f"{name}, annotation {number}"
+    order: dict[int | str | None, int] = {key: i for i, key in enumerate(sorted(categories))}
+    boxes: dict[int | str | None, list[Box]] = {number: [] for number in sizes}
+    seen: set[int | str] = set()
+    for index, item in enumerate(content["annotations"]):
+        number, image = _number(item, "id"), _number(item, "image_id")
+        kind = order.get(_number(item, "category_id"))
+        where = f"{name}, annotation {f'at {index}' if number is None else number}"
         if number in seen:
             problems.add("annotation id twice", where)
-        elif item.get("category_id") not in order:
+        elif kind is None:
             problems.add("unknown category", f"{where}: {item.get('category_id')}")
         elif image not in sizes:
             if image not in left_out:
@@ -506,10 +514,11 @@ def coco_records(
             _, height, width = sizes[image]
             corners = _corners(item.get("bbox"), width, height, problems, where)
             if corners is not None:
-                area = float(item.get("area") or math.prod(item["bbox"][2:]))
-                crowd = float(bool(item.get("iscrowd", 0)))
-                boxes[image].append((float(order[item["category_id"]]), *corners, area, crowd))
-        seen.add(number)
+                area = item.get("area") or math.prod(item["bbox"][2:])
+                crowd = bool(item.get("iscrowd"))
+                boxes[image].append((kind, *corners, area, crowd))
+        if number is not None:
+            seen.add(number)
     return [
         Labelled(path, height, width, tuple(boxes[number]))
         for number, (path, height, width) in sizes.items()
@@ -541,7 +550,7 @@ def _corners(
 ) -> tuple[float, ...] | None:
     """Left, top, right, bottom within the image, of [left, top, width, height]."""
     try:
-        left, top, wide, high = (float(v) for v in box)
+        left, top, wide, high = map(float, box)
     except (TypeError, ValueError):
         left = math.nan
     if not math.isfinite(left) or not all(map(math.isfinite, (top, wide, high))):
@@ -605,10 +614,12 @@ def _yolo_records(
         boxes: list[Box] = []
         lines = file.read_text().splitlines() if file.is_file() else []
         for number, line in enumerate(lines, 1):
-            if line.strip():
-                where = f"{file.name}:{number}"
+            where = f"{file.name}:{number}"
+            if line in lines[: number - 1] and line.strip():
+                problems.add("line twice", where)
+            elif line.strip():
                 boxes += _yolo_box(line.split(), *size, classes, problems, where)
-        yield Labelled(path, *size, tuple(dict.fromkeys(boxes)))
+        yield Labelled(path, *size, tuple(boxes))
 
 
 def _yolo_box(
