@@ -35,15 +35,16 @@ def lively(module: Any, size: tuple[int, int]) -> Any:
     """Untrained heads give every anchor the same score: statistics and a scale tell them apart."""
     core, known = Core(module), module.transform
     mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (known.image_mean, known.image_std))
-    x = (torch.rand(2, 3, *size) - mean) / std
-    for part in core.modules():
-        if isinstance(part, nn.BatchNorm2d):
-            part.momentum = 1.0  # those of the batch
+    norms = [part for part in core.modules() if isinstance(part, nn.BatchNorm2d)]
+    x = (torch.rand(2 if norms else 1, 3, *size) - mean) / std
     head = module.head.classification_head
     parts = [head.cls_logits] if hasattr(head, "cls_logits") else head.module_list
     lasts = [[p for p in part.modules() if isinstance(p, nn.Conv2d)][-1] for part in parts]
     with torch.no_grad():
-        core.train()(x)
+        for norm in norms:
+            norm.momentum = 1.0  # statistics of the last batch
+        if norms:
+            core.train()(x)
         for conv in lasts:
             conv.bias.zero_()
         logits = core.eval()(x)["classes"]
