@@ -1,14 +1,7 @@
 """Detection data: COCO JSON and YOLO text files, letterboxed, with boxes that augmentation moves.
 
-An image is letterboxed to the input's size (H, W), in this way, which any language can repeat:
-
-1. r = min(H / h, W / w) for an image of (h, w); it becomes h' = ⌊r · h + ½⌋, w' = ⌊r · w + ½⌋.
-2. Along each axis of n pixels that become m, output i is the weighted mean of inputs j with
-   weights max(0, 1 − |j + ½ − (i + ½) · n / m| / max(1, n / m)): bilinear, antialiased, as Pillow's
-   BILINEAR. Rows first, then columns, in float32; the result is rounded half to even.
-3. It is put ⌊(H − h') / 2⌋ rows and ⌊(W − w') / 2⌋ columns into a canvas of grey 114.
-
-A box edge x becomes x · w' / w + left, and y likewise.
+An image is letterboxed to the input's size by `edgekd/runtimes/on_device/detect.py`, which says how
+exactly, and does the same on a device.
 
 Example of a folder (or a zip with it inside), for `source = "coco"`:
 
@@ -54,8 +47,8 @@ from edgekd.data.readers import (
 )
 from edgekd.errors import DataError
 from edgekd.reporting.progress import console
+from edgekd.runtimes.on_device.detect import GREY, letterbox, placed
 
-GREY = 114
 VISIBLE = 0.25  # of a box must stay in the image, else augmentation drops it
 ZOOM = (0.6, 1.6)
 COLOUR = (0.7, 1.3)
@@ -151,7 +144,7 @@ def read_detection(
     for split, records in splits.items():
         if not records:
             raise DataError(f"{root}: split {split!r} has no image left; it needs one")
-        made[split] = _letterboxed(records, shape, split, in_memory=pixels <= memory_mib * 2**20)
+        made[split] = letterboxed(records, shape, split, in_memory=pixels <= memory_mib * 2**20)
     statistics = channel_statistics(made["train"])
     data = Data(
         root.name, made, classes,
@@ -246,9 +239,15 @@ def _rarest(kinds: Tensor) -> Tensor:
     return kinds.gather(1, frequency.argmin(1, keepdim=True))[:, 0].clamp(min=0)
 
 
-def _letterboxed(
+def letterboxed(
     records: Sequence[Labelled], shape: tuple[int, int, int], split: str, *, in_memory: bool
 ) -> Boxed:
+    """Images of (C, H, W) = `shape`, and where their boxes are in them.
+
+    Args:
+        split: for the progress bar.
+        in_memory: decode all of them now; else those that are asked for, each time.
+    """
     channels, height, width = shape
     most = max(1, *(len(record.boxes) for record in records))
     truth = torch.full((len(records), most, 7), -1.0, dtype=torch.float64)
@@ -266,7 +265,8 @@ def _letterboxed(
     def decode(index: int) -> Pixels:
         image = open_image(records[index].path).convert("L" if channels == 1 else "RGB")
         array = np.asarray(image).reshape(image.height, image.width, channels)
-        return letterbox(array, height, width).transpose(2, 0, 1)
+        pixels: Pixels = letterbox(array, height, width).transpose(2, 0, 1)
+        return pixels
 
     def decoded(indices: Tensor) -> Tensor:
         return decode_in_threads(decode, indices)
@@ -278,44 +278,6 @@ def _letterboxed(
     stats = [(record.path.name, record.path.stat()) for record in records]
     identity = json.dumps([shape, [(name, s.st_size, s.st_mtime_ns) for name, s in stats]])
     return Boxed(decoded, boxes, truth, frame, identity=identity)
-
-
-# ---- letterbox ---------------------------------------------------------------------------------
-
-
-def placed(height: int, width: int, rows: int, columns: int) -> tuple[int, int, int, int]:
-    """(height, width, top, left) of an image of (height, width) in an input of (rows, columns)."""
-    ratio = min(rows / height, columns / width)
-    high, wide = (max(1, int(ratio * side + 0.5)) for side in (height, width))
-    return high, wide, (rows - high) // 2, (columns - wide) // 2
-
-
-def letterbox(image: Pixels, rows: int, columns: int) -> Pixels:
-    """(H, W, C) to (rows, columns, C), see the head of this module."""
-    high, wide, top, left = placed(image.shape[0], image.shape[1], rows, columns)
-    canvas = np.full((rows, columns, image.shape[2]), GREY, np.uint8)
-    canvas[top : top + high, left : left + wide] = resize(image, high, wide)
-    return canvas
-
-
-def resize(image: Pixels, height: int, width: int) -> Pixels:
-    """(H, W, C) to (height, width, C): bilinear, antialiased."""
-    if image.shape[:2] == (height, width):
-        return image
-    x = np.tensordot(_weights(image.shape[0], height), image.astype(np.float32), 1)
-    x = np.tensordot(_weights(image.shape[1], width), x, (1, 1)).transpose(1, 0, 2)
-    rounded: Pixels = np.rint(x).clip(0, 255).astype(np.uint8)
-    return rounded
-
-
-def _weights(pixels: int, wanted: int) -> NDArray[np.float32]:
-    """(wanted, pixels) of the mean that makes each pixel that is wanted."""
-    step = pixels / wanted
-    centres = (np.arange(wanted) + 0.5) * step
-    apart = np.abs(np.arange(pixels) + 0.5 - centres[:, None])
-    weights = np.maximum(0, 1 - apart / max(1, step))
-    normalised: NDArray[np.float32] = (weights / weights.sum(1, keepdims=True)).astype(np.float32)
-    return normalised
 
 
 # ---- augmentation ------------------------------------------------------------------------------

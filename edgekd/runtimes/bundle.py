@@ -4,6 +4,7 @@ manifest.json   target, precision, hash, inputs and outputs, preprocessing, tole
 labels.txt      one class a line
 check.npz       three inputs, and what the trained network gives for them
 infer.py        runs images, or `--check`; Python 3.6, NumPy and the runtime
+detect.py       of a detector: letterbox, boxes out of raw heads; NumPy alone
 Classifier.kt, Classifier.swift   the same in an app
 """
 
@@ -82,7 +83,10 @@ def write_bundle(
         write_atomically(path.with_name("labels.txt"), "\n".join(net.io.labels) + "\n")
     shipped = files("edgekd.runtimes") / "on_device"
     write_atomically(path.with_name("infer.py"), (shipped / "infer.py").read_text())
-    if len(net.io.inputs) == 1 and len(net.io.inputs[0].shape) == 3:
+    if net.io.decoding is not None:
+        write_atomically(path.with_name("detect.py"), (shipped / "detect.py").read_text())
+    classifies = net.io.decoding is None and len(net.io.inputs) == 1
+    if classifies and len(net.io.inputs[0].shape) == 3:
         for name in target.snippets:
             text = (shipped / name).read_text()
             for word, value in _words(path, net).items():

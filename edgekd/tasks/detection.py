@@ -185,7 +185,7 @@ class Detection:
         `parts`: mAP50, and the mean by the size of the truth in the original image (small below
         32² pixels, large from 96² on).
         """
-        detections, truth = _original(answers, targets)
+        detections, truth = original_pixels(answers, targets)
         found = match(detections, truth, self._classes(detections, truth))
         precision = found.precision()
         value = mean(precision[..., 0])
@@ -198,7 +198,7 @@ class Detection:
 
     def difference(self, a: Tensor, b: Tensor, targets: tuple[Tensor, ...]) -> Difference:
         """Of the mean average precisions; the interval draws the same images for both."""
-        pairs = [_original(answers, targets) for answers in (a, b)]
+        pairs = [original_pixels(answers, targets) for answers in (a, b)]
         classes = max(self._classes(*pair) for pair in pairs)
         found = [match(*pair, classes) for pair in pairs]
         ours, theirs = (mean(m.precision()[..., 0]) or 0.0 for m in found)
@@ -262,8 +262,8 @@ def _bernoulli_divergence(logits: Tensor, wanted: Tensor) -> Tensor:
     return cross - F.binary_cross_entropy(wanted, wanted, reduction="none")
 
 
-def _original(answers: Tensor, targets: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    """Detections and truth in pixels of the original images."""
+def original_pixels(answers: Tensor, targets: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """Detections and truth in pixels of the original images, (N, D, 6) and (N, M, 7)."""
     boxes, *rest = targets
     if not rest:
         sides = boxes[..., 3:] - boxes[..., 1:3]

@@ -1,4 +1,4 @@
-"""Detection data: letterbox against Pillow, wrong annotations, boxes that move with pixels."""
+"""Detection data: readers, wrong annotations, boxes that move with their pixels."""
 
 from __future__ import annotations
 
@@ -19,14 +19,12 @@ from edgekd.data.detection import (
     AUGMENTATIONS,
     Boxed,
     augmented,
-    letterbox,
-    placed,
-    resize,
     unpack,
 )
 from edgekd.data.readers import read_data
 from edgekd.errors import DataError
 from edgekd.network import Preprocessing
+from edgekd.runtimes.on_device.detect import letterbox
 
 BCCD = Path(__file__).parents[3] / "shared" / "data" / "bccd-coco.zip"
 RNG = np.random.default_rng(0)
@@ -37,7 +35,7 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.setenv("EDGEKD_HOME", str(tmp_path / "home"))
 
 
-# ---- letterbox ---------------------------------------------------------------------------------
+# ---- readers -----------------------------------------------------------------------------------
 
 
 def photo(height: int, width: int) -> np.ndarray:
@@ -46,54 +44,6 @@ def photo(height: int, width: int) -> np.ndarray:
     smooth = np.stack([x * 255 // width, y * 255 // height, (x * y) % 256], -1)
     noise = RNG.integers(0, 256, (height, width, 3))
     return np.where((x // 9 % 2 == 0)[..., None], smooth, noise).astype(np.uint8)
-
-
-@pytest.mark.parametrize("size", [(48, 64), (33, 21), (97, 131), (200, 240), (1, 1)])
-def test_resizing_is_pillows(size):
-    image = photo(97, 131)
-    theirs = PIL.Image.fromarray(image).resize(size[::-1], PIL.Image.Resampling.BILINEAR)
-    apart = np.abs(resize(image, *size).astype(int) - np.asarray(theirs))
-    assert apart.max() <= 1  # Pillow rounds between its two passes
-    assert apart.mean() < 0.2
-
-
-def test_resizing_is_the_mean_that_it_says_it_is():
-    image = photo(7, 5)
-    got = resize(image, 3, 4)
-    for i in range(3):
-        for j in range(4):
-            weights = [
-                np.maximum(0, 1 - np.abs(np.arange(n) + 0.5 - (k + 0.5) * n / m) / max(1, n / m))
-                for n, m, k in ((7, 3, i), (5, 4, j))
-            ]
-            both = np.outer(*weights)
-            mean = (image * both[..., None]).sum((0, 1)) / both.sum()
-            np.testing.assert_allclose(got[i, j], mean, atol=0.501)
-
-
-@pytest.mark.parametrize(
-    ("image", "size", "wanted"),
-    [
-        ((480, 640), (160, 160), (120, 160, 20, 0)),
-        ((480, 640), (192, 256), (192, 256, 0, 0)),
-        ((300, 100), (96, 128), (96, 32, 0, 48)),
-        ((3, 1000), (32, 32), (1, 32, 15, 0)),
-    ],
-)
-def test_letterbox_keeps_the_whole_image_in_the_middle(image, size, wanted):
-    assert placed(*image, *size) == wanted
-    high, wide, top, left = wanted
-    pixels = photo(*image)
-    canvas = letterbox(pixels, *size)
-    inner = canvas[top : top + high, left : left + wide]
-    np.testing.assert_array_equal(inner, resize(pixels, high, wide))
-    outside = np.ones(size, bool)
-    outside[top : top + high, left : left + wide] = False
-    assert canvas.shape == (*size, 3)
-    assert (canvas[outside] == 114).all()
-
-
-# ---- readers -----------------------------------------------------------------------------------
 
 
 def write_image(path: Path, height: int = 40, width: int = 60) -> None:

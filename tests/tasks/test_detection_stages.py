@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
+import PIL.Image
 import pytest
 import torch
 from torch import Tensor, nn
@@ -21,13 +23,13 @@ from torchvision.models.detection.fcos import FCOSHead
 
 import edgekd
 from edgekd.data.base import Data
-from edgekd.data.detection import AUGMENTATIONS, Boxed
+from edgekd.data.detection import AUGMENTATIONS, Boxed, Labelled, letterboxed
 from edgekd.models.build import Build, build_module
 from edgekd.models.torchvision_detectors import as_network
 from edgekd.network import Network, Preprocessing
 from edgekd.tasks import average_precision
-from edgekd.tasks.detection import Detection
-from edgekd.training import evaluate, fabric
+from edgekd.tasks.detection import Detection, original_pixels
+from edgekd.training import evaluate, fabric, gather, predict
 
 SIZE = 64
 CLASSES = ("red", "green", "blue")
@@ -182,6 +184,38 @@ def test_detections_of_the_file_are_those_of_the_network(pruned, tmp_path):
         ours, theirs = task.answers(pruned(x)), task.answers(outputs)
     torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-4)
     assert int((ours[..., 4] > 0.3).sum()) >= 12
+
+
+def test_the_bundle_finds_in_image_files_what_evaluation_finds(pruned, tmp_path):
+    """infer.py, by itself in another process, on images of other sizes than the input."""
+    artifact = edgekd.export(pruned, target="host-onnxruntime", out=tmp_path / "bundle")
+    images, _, _, _ = DATA.splits["test"].take(torch.arange(4))
+    paths = []
+    for index, x in enumerate(images):
+        image = PIL.Image.fromarray(x.permute(1, 2, 0).numpy()).resize((150 + 30 * index, 110))
+        paths.append(tmp_path / f"{index}.png")
+        image.save(paths[-1])
+    infer = str(artifact.path.with_name("infer.py"))
+    command = [sys.executable, "-W", "error", infer, "--json", "--score", "0.1", *map(str, paths)]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
+    lines = [json.loads(line) for line in ran.stdout.splitlines()]
+    assert [Path(line["image"]) for line in lines] == paths
+    records = [Labelled(path, 110, 150 + 30 * index, ()) for index, path in enumerate(paths)]
+    read = letterboxed(records, (3, SIZE, SIZE), "test", in_memory=True)
+    of = replace(DATA, splits={"train": DATA.splits["train"], "test": read})
+    answers, targets = gather(predict(pruned, of, on=fabric("cpu"), task=TASK))
+    wanted, _ = original_pixels(answers, targets)
+    total = 0
+    for line, rows in zip(lines, wanted, strict=True):
+        rows = rows[rows[:, 4] >= 0.1]
+        np.testing.assert_allclose(np.array(line["boxes"]).reshape(-1, 6), rows, atol=2e-2)
+        total += len(rows)
+    assert total >= 4
+    said = subprocess.run(
+        [sys.executable, "-W", "error", infer, str(paths[0])], capture_output=True, text=True
+    ).stdout
+    assert any(name in said for name in CLASSES)
+    assert not list(artifact.path.parent.glob("Classifier*"))
 
 
 # ---- torchvision's -----------------------------------------------------------------------------
