@@ -4,8 +4,8 @@ manifest.json   target, precision, hash, inputs and outputs, preprocessing, tole
 labels.txt      one class a line
 check.npz       three inputs, and what the trained network gives for them
 infer.py        runs images, or `--check`; Python 3.6, NumPy and the runtime
-detect.py       of a detector: letterbox, boxes out of raw heads; NumPy alone
 Classifier.kt, Classifier.swift   the same in an app
+detect.py       of a detector: letterbox, boxes out of raw heads; NumPy alone
 """
 
 from __future__ import annotations
@@ -85,8 +85,7 @@ def write_bundle(
     write_atomically(path.with_name("infer.py"), (shipped / "infer.py").read_text())
     if net.io.decoding is not None:
         write_atomically(path.with_name("detect.py"), (shipped / "detect.py").read_text())
-    classifies = net.io.decoding is None and len(net.io.inputs) == 1
-    if classifies and len(net.io.inputs[0].shape) == 3:
+    elif len(net.io.inputs) == 1 and len(net.io.inputs[0].shape) == 3:
         for name in target.snippets:
             text = (shipped / name).read_text()
             for word, value in _words(path, net).items():

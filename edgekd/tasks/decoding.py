@@ -159,7 +159,7 @@ def detect(decoding: Decoding, outputs: Any) -> Tensor:
     scores = scores_of(decoding, classes, *quality)
     boxes = boxes_of(decoding, regression)
     boxes = torch.stack([boxes[..., i].clamp(0, (width, height)[i % 2]) for i in range(4)], -1)
-    found = torch.full((len(scores), decoding.detections, 6), -1.0)
+    found = torch.full((len(scores), decoding.detections, 6), -1.0, device=scores.device)
     for image, (of_image, at) in enumerate(zip(scores, boxes, strict=True)):
         score, anchor, kind = _candidates(decoding, of_image)
         kept = batched_nms(at[anchor], score, kind, decoding.nms_threshold)[: decoding.detections]
