@@ -181,7 +181,7 @@ def test_detection_has_paths_and_a_size_of_its_own_and_no_temperature(file):
     assert recipe.data.size == (192, 256)
     assert recipe.data.annotations == file.parent / "cells/json"
     assert recipe.data.images == Path("/images")
-    with pytest.raises(RecipeError, match="task: .*detection has no temperature; remove it"):
+    with pytest.raises(RecipeError, match=r"task: .*detection has no temperature; remove it"):
         changed(file, *detection, "task.temperature=2")
 
 

@@ -83,14 +83,14 @@ def write_bundle(
         write_atomically(path.with_name("labels.txt"), "\n".join(net.io.labels) + "\n")
     shipped = files("edgekd.runtimes") / "on_device"
     write_atomically(path.with_name("infer.py"), (shipped / "infer.py").read_text())
-    if net.io.decoding is not None:
-        write_atomically(path.with_name("detect.py"), (shipped / "detect.py").read_text())
-    elif len(net.io.inputs) == 1 and len(net.io.inputs[0].shape) == 3:
-        for name in target.snippets:
+    if len(net.io.inputs) == 1 and len(net.io.inputs[0].shape) == 3:
+        for name in target.snippets if net.io.decoding is None else ():  # they are of classifiers
             text = (shipped / name).read_text()
             for word, value in _words(path, net).items():
                 text = text.replace(f"@{word}@", value)
             write_atomically(path.with_name(name), text)
+    if net.io.decoding is not None:
+        write_atomically(path.with_name("detect.py"), (shipped / "detect.py").read_text())
 
 
 def _integers(path: Path, net: Network, target: Target) -> dict[str, Any]:
