@@ -22,8 +22,9 @@ import os
 import shutil
 import stat
 import zipfile
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -69,21 +70,8 @@ class Labelled:
     boxes: tuple[Box, ...]
 
 
-@dataclass
-class Problems:
-    """What is wrong with annotations: kind of problem -> where, one entry each."""
-
-    found: dict[str, list[str]] = field(default_factory=dict)
-
-    def add(self, kind: str, where: str) -> None:
-        """Count one."""
-        self.found.setdefault(kind, []).append(where)
-
-    def __str__(self) -> str:
-        return "; ".join(
-            f"{len(where)} × {kind} ({', '.join(where[:NAMED])}{', ...' * (len(where) > NAMED)})"
-            for kind, where in self.found.items()
-        )
+# what is wrong with annotations: kind of problem -> where, one entry each
+Problems = defaultdict[str, list[str]]
 
 
 def read_detection(
@@ -129,15 +117,19 @@ def read_detection(
         raise DataError(f"size is {size}; height and width must be 1 or more")
     if root.suffix == ".zip":
         root = unpack(root)
-    problems = Problems()
+    problems: Problems = defaultdict(list)
     if source == "coco":
         splits, classes = _coco(root, annotations, images, problems)
     else:
         splits, classes = _yolo(root, annotations, problems)
-    if problems.found:
+    if problems:
+        said = "; ".join(
+            f"{len(where)} × {kind} ({', '.join(where[:NAMED])}{', ...' * (len(where) > NAMED)})"
+            for kind, where in problems.items()
+        )
         if strict:
-            raise DataError(f"{root}: {problems}; mend the annotations, or read with strict=False")
-        console.print(f"{root.name}: left out or mended: {problems}", markup=False)
+            raise DataError(f"{root}: {said}; mend the annotations, or read with strict=False")
+        console.print(f"{root.name}: left out or mended: {said}", markup=False)
     made: dict[str, Images] = {}
     shape = (channels or 3, height, width)
     pixels = sum(map(len, splits.values())) * math.prod(shape)
@@ -446,13 +438,13 @@ def coco_records(
         number = _number(item, "id")
         where = f"{name}, image {number}"
         if number in sizes or number in left_out:
-            problems.add("image id twice", where)
+            problems["image id twice"].append(where)
             continue
         path = _within(folder, str(item.get("file_name")), where)
         if size := _size(path, problems, where):
             said = item.get("height", size[0]), item.get("width", size[1])
             if said != size:
-                problems.add(f"image of another size than annotated ({size} in the file)", where)
+                problems[f"image of another size than annotated ({size} in the file)"].append(where)
                 size = None
         if size:
             sizes[number] = (path, *size)
@@ -466,12 +458,12 @@ def coco_records(
         kind = order.get(_number(item, "category_id"))
         where = f"{name}, annotation {f'at {index}' if number is None else number}"
         if number in seen:
-            problems.add("annotation id twice", where)
+            problems["annotation id twice"].append(where)
         elif kind is None:
-            problems.add("unknown category", f"{where}: {item.get('category_id')}")
+            problems["unknown category"].append(f"{where}: {item.get('category_id')}")
         elif image not in sizes:
             if image not in left_out:
-                problems.add("annotation of an unknown image", f"{where}: {image}")
+                problems["annotation of an unknown image"].append(f"{where}: {image}")
         else:
             _, height, width = sizes[image]
             corners = _corners(item.get("bbox"), width, height, problems, where)
@@ -497,13 +489,13 @@ def _within(folder: Path, name: str, where: str) -> Path:
 def _size(path: Path, problems: Problems, where: str) -> tuple[int, int] | None:
     """(height, width) as the file's head says."""
     if not path.is_file():
-        problems.add("missing image", f"{where}: {path.name}")
+        problems["missing image"].append(f"{where}: {path.name}")
         return None
     try:
         with PIL.Image.open(path) as image:
             return image.height, image.width
     except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError):
-        problems.add("file that is no image", f"{where}: {path.name}")
+        problems["file that is no image"].append(f"{where}: {path.name}")
         return None
 
 
@@ -516,19 +508,19 @@ def _corners(
     except (TypeError, ValueError):
         left = math.nan
     if not math.isfinite(left) or not all(map(math.isfinite, (top, wide, high))):
-        problems.add("box that is not four numbers", where)
+        problems["box that is not four numbers"].append(where)
         return None
     if wide <= 0 or high <= 0:
-        problems.add("box without an area", where)
+        problems["box without an area"].append(where)
         return None
     whole = left, top, left + wide, top + high
     limits = width, height, width, height
     inside = tuple(min(max(v, 0.0), float(m)) for v, m in zip(whole, limits, strict=True))
     if inside[0] >= inside[2] or inside[1] >= inside[3]:
-        problems.add("box outside its image", where)
+        problems["box outside its image"].append(where)
         return None
     if max(abs(a - b) for a, b in zip(whole, inside, strict=True)) > TOLERANCE:
-        problems.add("box that sticks out of its image, cut to it", where)
+        problems["box that sticks out of its image, cut to it"].append(where)
     return inside
 
 
@@ -578,7 +570,7 @@ def _yolo_records(
         for number, line in enumerate(lines, 1):
             where = f"{file.name}:{number}"
             if line in lines[: number - 1] and line.strip():
-                problems.add("line twice", where)
+                problems["line twice"].append(where)
             elif line.strip():
                 boxes += _yolo_box(line.split(), *size, classes, problems, where)
         yield Labelled(path, *size, tuple(boxes))
@@ -596,10 +588,10 @@ def _yolo_box(
     try:
         kind, x, y, wide, high = int(words[0]), *map(float, words[1:])
     except ValueError:
-        problems.add("line that is not `class x y width height`", where)
+        problems["line that is not `class x y width height`"].append(where)
         return []
     if not 0 <= kind < len(classes):
-        problems.add("unknown category", f"{where}: {kind}")
+        problems["unknown category"].append(f"{where}: {kind}")
         return []
     box = (x - wide / 2) * width, (y - high / 2) * height, wide * width, high * height
     corners = _corners(box, width, height, problems, where)
