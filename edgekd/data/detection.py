@@ -53,6 +53,7 @@ from edgekd.runtimes.on_device.detect import GREY, letterbox, placed
 VISIBLE = 0.25  # of a box must stay in the image, else augmentation drops it
 ZOOM = (0.6, 1.6)
 COLOUR = (0.7, 1.3)
+SMALLEST = 0.01  # pixels that the sides of a box have at least
 TOLERANCE = 1.0  # pixels that a box may stick out without being counted: rounding
 NAMED = 5  # problems that a message spells out
 
@@ -136,6 +137,11 @@ def read_detection(
     for split, records in splits.items():
         if not records:
             raise DataError(f"{root}: split {split!r} has no image left; it needs one")
+        if not any(record.boxes for record in records):
+            raise DataError(
+                f"{root}: split {split!r} has {len(records)} images and not one box; see that the "
+                "annotations lie where they are looked for"
+            )
         made[split] = letterboxed(records, shape, split, in_memory=pixels <= memory_mib * 2**20)
     statistics = channel_statistics(made["train"])
     data = Data(
@@ -510,13 +516,13 @@ def _corners(
     if not math.isfinite(left) or not all(map(math.isfinite, (top, wide, high))):
         problems["box that is not four numbers"].append(where)
         return None
-    if wide <= 0 or high <= 0:
+    if min(wide, high) < SMALLEST:
         problems["box without an area"].append(where)
         return None
     whole = left, top, left + wide, top + high
     limits = width, height, width, height
     inside = tuple(min(max(v, 0.0), float(m)) for v, m in zip(whole, limits, strict=True))
-    if inside[0] >= inside[2] or inside[1] >= inside[3]:
+    if min(inside[2] - inside[0], inside[3] - inside[1]) < SMALLEST:
         problems["box outside its image"].append(where)
         return None
     if max(abs(a - b) for a, b in zip(whole, inside, strict=True)) > TOLERANCE:

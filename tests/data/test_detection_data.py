@@ -135,6 +135,7 @@ def annotation(number: int, **changes: Any) -> dict[str, Any]:
     [
         (annotation(9, bbox=[10, 5, 0, 30]), "box without an area .*annotation 9", 0),
         (annotation(9, bbox=[10, 5, 4, -3]), "box without an area .*annotation 9", 0),
+        (annotation(9, bbox=[10, 5, 1e-9, 3]), "box without an area .*annotation 9", 0),
         (annotation(9, bbox=[61, 5, 4, 3]), "box outside its image .*annotation 9", 0),
         (annotation(9, bbox=[50, 5, 20, 3]), "box that sticks out of its image, cut to it", 1),
         (annotation(9, bbox=[50, 5, 10.9, 3]), None, 1),  # rounding
@@ -282,6 +283,14 @@ def test_yolo_is_read_like_coco(tmp_path, layout, capsys):
         "1 × box outside its image (a.txt:8)",
     ):  # fmt: skip
         assert problem in str(caught.value)
+
+
+def test_a_split_without_any_box_is_refused(tmp_path):
+    for split in ("train", "test"):
+        write_image(tmp_path / "images" / split / "a.png")  # and no labels beside them
+    (tmp_path / "classes.txt").write_text("cell\n")
+    with pytest.raises(DataError, match="split 'train' has 1 images and not one box"):
+        read_data("yolo", root=tmp_path, size=32)
 
 
 def test_yolo_needs_the_names_of_its_classes(tmp_path):
