@@ -6,6 +6,7 @@ come from the same matches, accumulated for images drawn with replacement.
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,8 +59,6 @@ class Matches:
 
     def only(self, size: str) -> Matches:
         """Of one size alone."""
-        from copy import copy
-
         params = copy(self.params)
         index = list(SIZES).index(size)
         params.areaRng = [SIZES[size]]

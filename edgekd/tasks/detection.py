@@ -83,6 +83,9 @@ class Detection:
         decoding = _known(self.decoding)
         classes, regression, *quality = heads(outputs, decoding)
         truth = targets[0].to(regression.dtype)
+        used = (truth[..., 0] >= 0).any(0)
+        used[0] = True
+        truth = truth[:, used]  # most images have fewer boxes than the padding has room for
         boxes = boxes_of(decoding, regression)
         known = classes.shape[-1] - decoding.background
         if int(truth[..., 0].max()) >= known:
