@@ -117,6 +117,12 @@ def find_groups(module: nn.Module, inputs: Sequence[Tensor], ignore: Iterable[st
         rest = sorted(set(range(pruner.get_out_channels(layer))) - covered.get(id(layer), set()))
         if not rest:
             continue
+        # torch-pruning spreads a flattened channel over all its elements: half a minute for the
+        # heads of a detector, which one channel shows to be outputs
+        if _leaves(graph, graph.get_pruning_group(layer, pruner.prune_out_channels, rest[:1])):
+            unit = torch.arange(len(rest))
+            groups.append(Group(path, unit=unit, fixed="outputs of the network"))
+            continue
         tied = graph.get_pruning_group(layer, pruner.prune_out_channels, rest)
         for dep, indices in tied:
             covered.setdefault(id(dep.target.module), set()).update(
@@ -185,6 +191,11 @@ def _side(graph: Any, dep: Any) -> Side:
     pruner = graph.get_pruner_of_module(dep.target.module)
     through = pruner.prune_in_channels == pruner.prune_out_channels
     return "in" if dep.handler == pruner.prune_in_channels and not through else "out"
+
+
+def _leaves(graph: Any, tied: Any) -> bool:
+    """Whether torch-pruning's group of channels holds outputs of the network."""
+    return any(item.dep.target.type == graph.ops.OPTYPE.OUTPUT for item in tied)
 
 
 def _group(
