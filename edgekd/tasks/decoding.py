@@ -16,7 +16,6 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
-from torchvision.ops import batched_nms
 
 from edgekd.errors import ModelError
 
@@ -154,6 +153,8 @@ def detect(decoding: Decoding, outputs: Any) -> Tensor:
 
     D is `decoding.detections`; by falling score, what is absent is −1 throughout.
     """
+    from torchvision.ops import batched_nms  # takes a second
+
     classes, regression, *quality = heads(outputs, decoding)
     height, width = decoding.image
     scores = scores_of(decoding, classes, *quality)
