@@ -148,26 +148,31 @@ def resampled(matches: Matches) -> list[float]:
     return [mean(whole.precision(draw)) or 0.0 for draw in draws(matches.images)]
 
 
-def same_detections(a: Tensor, b: Tensor, *, score: float, slack: float, iou: float) -> bool:
-    """Whether every detection of each has a partner in the other, (D, 6) both.
+def partners(a: Tensor, b: Tensor, *, score: float, slack: float, iou: float) -> tuple[int, int]:
+    """(how many detections of either have a partner in the other, how many there are).
 
-    One to one, of the same class, with an IoU of `iou` or more. Only scores from `score` on need
-    one; the partner's may be lower by `slack`: else one that lies at the limit would decide.
+    One to one, of the same class, with an IoU of `iou` or more. Only scores from `score` on
+    count; the partner's may be lower by `slack`: else one that lies at the limit would decide.
+
+    Args:
+        a, b: (D, 6), by falling score, as `detect` gives them.
     """
-    return all(
-        _partnered(ours[ours[:, 4] >= score], theirs[theirs[:, 4] >= score - slack], iou)
-        for ours, theirs in ((a, b), (b, a))
-    )
+    found, total = 0, 0
+    for ours, theirs in ((a, b), (b, a)):
+        ours, theirs = ours[ours[:, 4] >= score], theirs[theirs[:, 4] >= score - slack]
+        found, total = found + _matched(ours, theirs, iou), total + len(ours)
+    return found, total
 
 
-def _partnered(ours: Tensor, theirs: Tensor, least: float) -> bool:
+def _matched(ours: Tensor, theirs: Tensor, least: float) -> int:
     from torchvision.ops import box_iou
 
     overlaps = box_iou(ours[:, :4], theirs[:, :4])
     overlaps[ours[:, None, 5] != theirs[None, :, 5]] = 0
-    for row in overlaps:  # by falling score, as `detect` gives them
-        best = int(row.argmax()) if len(row) else -1
-        if best < 0 or row[best] < least:
-            return False
-        overlaps[:, best] = 0
-    return True
+    count = 0
+    for row in overlaps if len(theirs) else ():
+        best = int(row.argmax())
+        if row[best] >= least:
+            overlaps[:, best] = 0
+            count += 1
+    return count

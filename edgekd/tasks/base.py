@@ -66,7 +66,7 @@ class Task(Protocol):
         """The metric of answers `a` less that of `b`, on the same samples of a whole split."""
 
     def agreement(self, a: Any, b: Any) -> float:
-        """Share of samples for which two networks' answers are the same."""
+        """Share of samples, or of what is found in them, for which two networks' answers agree."""
 
 
 def get_task(name: str, **options: Any) -> Task:

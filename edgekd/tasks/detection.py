@@ -26,14 +26,14 @@ from edgekd.tasks.average_precision import (
     interval,
     match,
     mean,
+    partners,
     resampled,
-    same_detections,
 )
 from edgekd.tasks.base import Difference, Score
 from edgekd.tasks.decoding import Decoding, anchors, boxes_of, detect, heads, scores_of
 
 ALPHA, BETA = 1.0, 6.0  # of the alignment, TOOD §3.2: score^α · IoU^β
-SLACK = 0.1  # of the score, see `same_detections`
+SLACK = 0.1  # of the score, see `partners`
 
 
 @dataclass(frozen=True)
@@ -213,17 +213,20 @@ class Detection:
         return max(self.classes, occurring, 1)
 
     def agreement(self, a: Tensor, b: Tensor) -> float:
-        """Share of images on which two networks show the same detections.
+        """Share of the detections of two networks that both show.
 
-        Every detection with a score of `shown` or more has one of its own in the other's answer:
-        of the same class, with an IoU of `overlap` or more, and a score that is not more than 0.1
-        below `shown`.
+        Every detection with a score of `shown` or more is to have one of its own in the other's
+        answer: of the same class, with an IoU of `overlap` or more, and a score that is not more
+        than 0.1 below `shown`. 1 if there are none. Of detections, not of images: with a dozen in
+        each, one step of the integers moves one of them past a limit in every thirtieth image
+        (BCCD, 87 images, INT8 in ONNX Runtime against the network it came from).
         """
-        same = [
-            same_detections(x, y, score=self.shown, slack=SLACK, iou=self.overlap)
+        pairs = [
+            partners(x, y, score=self.shown, slack=SLACK, iou=self.overlap)
             for x, y in zip(a, b, strict=True)
         ]
-        return sum(same) / len(same)
+        found, total = (sum(column) for column in zip(*pairs, strict=True))
+        return found / total if total else 1.0
 
 
 def pairwise_iou(a: Tensor, b: Tensor) -> Tensor:

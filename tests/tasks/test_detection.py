@@ -203,25 +203,28 @@ def answer(*rows: tuple[float, ...]) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("other", "agrees"),
+    ("other", "share"),
     [
-        ([(0, 0, 20, 20, 0.8, 1)], True),
-        ([(0, 0, 20, 19.5, 0.5, 1)], True),
-        ([(0, 0, 20, 17, 0.8, 1)], False),  # IoU 0.85
-        ([(0, 0, 20, 20, 0.8, 2)], False),  # another class
-        ([(0, 0, 20, 20, 0.22, 1)], True),  # below what is shown, but near it
-        ([(0, 0, 20, 20, 0.15, 1)], False),
-        ([], False),
-        ([(0, 0, 20, 20, 0.8, 1), (0, 0, 20, 20, 0.7, 1)], False),  # the second has no partner
-        ([(0, 0, 20, 20, 0.8, 1), (5, 5, 9, 9, 0.29, 1)], True),  # not shown
+        ([(0, 0, 20, 20, 0.8, 1)], 1),
+        ([(0, 0, 20, 19.5, 0.5, 1)], 1),
+        ([(0, 0, 20, 17, 0.8, 1)], 0),  # IoU 0.85
+        ([(0, 0, 20, 20, 0.8, 2)], 0),  # another class
+        ([(0, 0, 20, 20, 0.22, 1)], 1),  # below what is shown, but near it
+        ([(0, 0, 20, 20, 0.15, 1)], 0),
+        ([], 0),
+        ([(0, 0, 20, 20, 0.8, 1), (0, 0, 20, 20, 0.7, 1)], 2 / 3),  # the second has no partner
+        ([(0, 0, 20, 20, 0.8, 1), (5, 5, 9, 9, 0.29, 1)], 1),  # not shown
     ],
 )
-def test_images_agree_where_detections_match_one_to_one(other, agrees):
+def test_agreement_is_the_share_of_detections_with_a_partner_of_their_own(other, share):
     one = answer((0, 0, 20, 20, 0.8, 1))
-    assert Detection().agreement(one, answer(*other)) == agrees
-    assert Detection().agreement(answer(*other), one) == agrees
+    assert Detection().agreement(one, answer(*other)) == pytest.approx(share)
+    assert Detection().agreement(answer(*other), one) == pytest.approx(share)
+    none = answer()
+    assert Detection().agreement(none, none) == 1
+    shown = sum(row[4] >= 0.3 for row in other)
     both = Detection().agreement(torch.cat([one, one]), torch.cat([one, answer(*other)]))
-    assert both == (1 + agrees) / 2
+    assert both == pytest.approx((2 + share * (1 + shown)) / (3 + shown))
 
 
 # ---- loss --------------------------------------------------------------------------------------
