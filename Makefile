@@ -28,7 +28,7 @@ setup: .venv/installed
 	  { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq python3-venv; } || \
 	  { echo 'Python has no venv here; run: sudo apt-get install python3-venv'; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[openvino,tensorrt,timm,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[detection,openvino,tensorrt,timm,dev]'
 	@touch $@
 
 data:

@@ -38,6 +38,7 @@ PACKAGES: dict[str, tuple[str, str | None]] = {
     "ai-edge-litert": ("the check of android-litert artifacts", "litert"),
     "executorch": ("android-executorch", "executorch"),
     "timm": ("models by name", "timm"),
+    "faster-coco-eval": ("detection", "detection"),
     "nncf": ("a baseline in benchmarks", "nncf"),
 }
 

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
@@ -24,6 +24,7 @@ from edgekd.files import write_atomically
 from edgekd.models.build import Build, build_module
 from edgekd.pruning.layers import Resized, resize
 from edgekd.target import QuantScheme
+from edgekd.tasks.decoding import Decoding
 
 FORMAT = 1
 
@@ -33,10 +34,16 @@ class _Frozen(BaseModel):
 
 
 class Preprocessing(_Frozen):
-    """What turns a uint8 image into the input: (x / 255 − mean) / std, per channel."""
+    """What turns a uint8 image into the input: (x / 255 − mean) / std, per channel.
+
+    Attributes:
+        fit: how it gets the input's size: "crop": the shorter side is resized, the middle kept;
+            "letterbox": the whole image, see `edgekd.data.detection`.
+    """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    fit: Literal["crop", "letterbox"] = "crop"
 
 
 class Input(_Frozen):
@@ -48,12 +55,17 @@ class Input(_Frozen):
 
 
 class IO(_Frozen):
-    """What goes in and comes out: all that export and bundles read."""
+    """What goes in and comes out: all that export and bundles read.
+
+    Attributes:
+        decoding: how a detector's outputs become boxes.
+    """
 
     inputs: tuple[Input, ...]
     outputs: tuple[str, ...]
     preprocessing: Preprocessing | None = None
     labels: tuple[str, ...] = ()
+    decoding: Decoding | None = None
 
     def example(self, batch: int) -> tuple[Tensor, ...]:
         """Zeros of the inputs' shapes, (batch, ...)."""
@@ -77,6 +89,8 @@ class Network:
             `forward`'s parameters; only names, shapes and types are kept.
         preprocessing: how images become inputs.
         labels: class names, in the order of the output.
+        decoding: how a detector's outputs become boxes; None takes what the module's own
+            `box_decoding(height, width)` says, if it has one.
         build: the factory that rebuilds the module; without one, `load` needs `module=`.
 
     Example:
@@ -93,10 +107,14 @@ class Network:
         *,
         preprocessing: Preprocessing | None = None,
         labels: Sequence[str] = (),
+        decoding: Decoding | None = None,
         build: Build | None = None,
     ) -> None:
         named = _named_inputs(module, example_inputs)
         examples = tuple(named.values())
+        if decoding is None and hasattr(module, "box_decoding"):
+            core: Any = module
+            decoding = core.box_decoding(*examples[0].shape[2:])
         self.module = module
         self.build = build
         self.scheme: QuantScheme | None = None
@@ -116,6 +134,7 @@ class Network:
             outputs=self._output_names(examples),
             preprocessing=preprocessing,
             labels=tuple(labels),
+            decoding=decoding,
         )
 
     def _output_names(self, examples: tuple[Tensor, ...]) -> tuple[str, ...]:

@@ -112,8 +112,8 @@ def run(recipe: Recipe | str | Path, *, out: str | Path = "runs", fresh: bool = 
 
 def task_and_data(recipe: Recipe) -> tuple[Task, Data]:
     """What a recipe's sections of these names say."""
-    options = recipe.task.model_dump()
-    task = get_task(options.pop("name"), **options)
+    options = recipe.task.model_dump(exclude_unset=True, exclude={"name"})
+    task = get_task(recipe.task.name, **options)
     return task, read_data(**recipe.data.model_dump())
 
 
@@ -366,8 +366,8 @@ class _Run:
         """
         kept = self.folder / "controls" / f"{stage.key}-{control.key}.json"
         if not kept.exists():
-            ours, targets = gather(predict(stage.net, self.data, on=fabric()))
-            theirs, _ = gather(predict(net or control.net, self.data, on=fabric()))
+            ours, targets = gather(predict(stage.net, self.data, on=fabric(), task=self.task))
+            theirs, _ = gather(predict(net or control.net, self.data, on=fabric(), task=self.task))
             kept.parent.mkdir(exist_ok=True)
             write_atomically(kept, self.task.difference(ours, theirs, targets).model_dump_json())
         gap = Difference.model_validate_json(kept.read_text())

@@ -29,9 +29,15 @@ class _Section(BaseModel):
 class TaskSection(_Section):
     """What the network is for."""
 
-    name: Literal["classification"] = "classification"
+    name: Literal["classification", "detection"] = "classification"
     temperature: Positive = 4.0
     label_smoothing: Share = 0.0
+
+    @model_validator(mode="after")
+    def _of_the_task(self) -> TaskSection:
+        if self.name == "detection" and (given := self.model_fields_set - {"name"}):
+            raise ValueError(f"detection has no {' and no '.join(sorted(given))}; remove it")
+        return self
 
 
 class DataSection(_Section):
@@ -39,9 +45,12 @@ class DataSection(_Section):
 
     source: str
     root: Path | None = None
+    annotations: Path | None = None
+    images: Path | None = None
+    strict: bool = False
     augment: tuple[str, ...] = ()
     channels: Literal[1, 3] | None = None
-    size: Count | None = None
+    size: Count | tuple[Count, Count] | None = None
     train: Count | None = None
     test: Count | None = None
     download: bool = True
@@ -390,7 +399,7 @@ def _relative_to(recipe: Recipe, folder: Path) -> Recipe:
 
     return recipe.model_copy(
         update={
-            "data": moved(recipe.data, "root"),
+            "data": moved(moved(moved(recipe.data, "root"), "annotations"), "images"),
             "teacher": moved(recipe.teacher, "weights"),
             "student": moved(recipe.student, "weights"),
         }

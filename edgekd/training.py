@@ -225,22 +225,26 @@ def _check_finite(
 
 
 def predict(
-    net: Network, data: BatchSource, *, on: Fabric, label: str | None = None
+    net: Network, data: BatchSource, *, on: Fabric, task: Task | None = None
 ) -> Iterator[tuple[Any, tuple[Tensor, ...]]]:
-    """(outputs, targets) of each batch of the test split, on the CPU, in eval mode."""
+    """(outputs, targets) of each batch of the test split, on the CPU, in eval mode.
+
+    With a task, its answers take the place of the outputs.
+    """
+    task = None if task is None else task.of(net.io)
     net.module.to(on.device)
     net.train_mode(False)
     with torch.no_grad():
         for batch in evaluation_batches(data):
-            outputs = net(batch[0].to(on.device))
-            yield _to_cpu(outputs), batch[1:]
+            outputs = _to_cpu(net(batch[0].to(on.device)))
+            yield (outputs if task is None else task.answers(outputs)), batch[1:]
     net.module.to("cpu")
 
 
 def evaluate(net: Network, *, task: Task, data: BatchSource, on: Fabric) -> Score:
     """The task's metric of `net` over the whole test split."""
-    outputs, targets = gather(predict(net, data, on=on))
-    return task.score(outputs, targets)
+    answers, targets = gather(predict(net, data, on=on, task=task))
+    return task.of(net.io).score(answers, targets)
 
 
 def gather(pairs: Iterator[tuple[Any, tuple[Tensor, ...]]]) -> tuple[Any, tuple[Tensor, ...]]:

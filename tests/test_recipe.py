@@ -148,6 +148,7 @@ def test_a_missing_key_is_named(file):
         ("task.temperature=0", r"task.temperature: .*greater than 0 \(got 0\)"),
         ("task.temperature=inf", r"task.temperature: .*finite.* \(got inf\)"),
         ("task.name=poetry", r"task.name: .*'classification'.* \(got 'poetry'\)"),
+        ("data.size=[8,0]", r"data.size.*greater than or equal to 1 \(got 0\)"),
         ("data.channels=2", r"data.channels: .*1 or 3.* \(got 2\)"),
         ("data.train=0", r"data.train: .*\(got 0\)"),
         ("quantize.observer=max", r"quantize.observer: .*'mse'.* \(got 'max'\)"),
@@ -171,6 +172,17 @@ def test_a_wrong_value_is_named_with_its_path(file, change, says):
     with pytest.raises(RecipeError, match=says) as error:
         changed(file, change)
     assert str(file) in str(error.value)
+
+
+def test_detection_has_paths_and_a_size_of_its_own_and_no_temperature(file):
+    detection = ["task.name=detection", "data.source=coco", "data.size=[192, 256]"]
+    paths = ["data.root=cells", "data.annotations=cells/json", "data.images=/images"]
+    recipe = changed(file, *detection, *paths)
+    assert recipe.data.size == (192, 256)
+    assert recipe.data.annotations == file.parent / "cells/json"
+    assert recipe.data.images == Path("/images")
+    with pytest.raises(RecipeError, match=r"task: .*detection has no temperature; remove it"):
+        changed(file, *detection, "task.temperature=2")
 
 
 # ---- --set -------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -21,16 +21,15 @@ from edgekd.errors import DataError, nearest
 from edgekd.network import Preprocessing
 
 SPLITS = ("train", "val", "test")
-AUGMENTATIONS = ("flip", "crop")
 SUBSET_SEED = 0
 
 
 class Images(Protocol):
-    """One split: uint8 images of one shape, and their labels."""
+    """One split: uint8 images of one shape, and their targets."""
 
     @property
     def labels(self) -> Tensor:
-        """(N,) int64 class indices."""
+        """(N,) int64 class indices, over which subsets are balanced."""
 
     @property
     def fingerprint(self) -> str:
@@ -38,8 +37,8 @@ class Images(Protocol):
 
     def __len__(self) -> int: ...
 
-    def take(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (N, C, H, W) uint8 and labels (N,) int64 of `indices` (N,)."""
+    def take(self, indices: Tensor) -> tuple[Tensor, ...]:
+        """Images (N, C, H, W) uint8 of `indices` (N,), and targets: labels (N,) int64, or more."""
 
 
 class InMemory:
@@ -93,7 +92,7 @@ class _Chosen:
     def fingerprint(self) -> str:
         return sha256(self._images.fingerprint.encode(), self._indices.numpy().data)
 
-    def take(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+    def take(self, indices: Tensor) -> tuple[Tensor, ...]:
         return self._images.take(self._indices[indices])
 
 
@@ -119,6 +118,45 @@ def first_balanced(images: Images, count: int | None, split: str) -> Images:
     return _Chosen(images, order[rank.argsort(stable=True)[:count]])
 
 
+@dataclass(frozen=True)
+class Augmentations:
+    """What can be done to training images without changing what their targets mean.
+
+    Attributes:
+        names: of which `Data.augment` chooses. A "flip" is of left and right.
+        apply: (images uint8, targets, the chosen names, generator) -> images, targets, and
+            (N,) which images were flipped.
+    """
+
+    names: tuple[str, ...]
+    apply: Callable[
+        [Tensor, tuple[Tensor, ...], Sequence[str], Generator],
+        tuple[Tensor, tuple[Tensor, ...], Tensor],
+    ]
+
+
+def _augmented(
+    x: Tensor, targets: tuple[Tensor, ...], augment: Sequence[str], generator: Generator
+) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+    """Crop and flip in a single gather over the pixels of each padded plane."""
+    n, channels, height, width = x.shape
+    border = max(1, height // 8) if "crop" in augment else 0
+    top, left = torch.randint(2 * border + 1, (2, n, 1), generator=generator)
+    columns = torch.arange(width).expand(n, width)
+    flipped = torch.zeros(n, 1, dtype=torch.bool)
+    if "flip" in augment:
+        flipped = torch.rand(n, 1, generator=generator) < 0.5
+        columns = torch.where(flipped, columns.flip(1), columns)
+    rows = (torch.arange(height) + top) * (width + 2 * border)
+    pixels = rows[:, :, None] + (columns + left)[:, None, :]
+    planes = pad(x, [border] * 4).flatten(2)
+    augmented = planes.gather(2, pixels.view(n, 1, -1).expand(n, channels, -1)).view(x.shape)
+    return augmented, targets, flipped[:, 0]
+
+
+OF_LABELS = Augmentations(("flip", "crop"), _augmented)
+
+
 @dataclass(frozen=True, eq=False)
 class Data:
     """Splits of labelled images, and how they become inputs.
@@ -129,7 +167,9 @@ class Data:
         classes: class names; a label is an index into them.
         preprocessing: mean and standard deviation per channel, for pixels from 0 to 1.
         augment: of "flip" (left and right, half of the images) and "crop" (a black border of an
-            eighth of the height, then a random crop back); for training batches only.
+            eighth of the height, then a random crop back), or of what `augmentations` names; for
+            training batches only.
+        augmentations: those that fit the targets; here of labels.
 
     Raises:
         DataError: an unknown or empty split, splits of unequal shapes, a label without a class,
@@ -141,15 +181,17 @@ class Data:
     classes: tuple[str, ...]
     preprocessing: Preprocessing
     augment: tuple[str, ...] = ()
+    augmentations: Augmentations = OF_LABELS
 
     def __post_init__(self) -> None:
         for split in self.splits:
             if split not in SPLITS:
                 raise DataError(f"{self.name}: unknown split {split!r}{nearest(split, SPLITS)}")
         for name in self.augment:
-            if name not in AUGMENTATIONS:
+            if name not in self.augmentations.names:
                 raise DataError(
-                    f"{self.name}: unknown augmentation {name!r}{nearest(name, AUGMENTATIONS)}"
+                    f"{self.name}: unknown augmentation {name!r}"
+                    f"{nearest(name, self.augmentations.names)}"
                 )
         for split in ("train", "test", *self.splits):
             if not len(self._split(split)):
@@ -190,7 +232,7 @@ class Data:
         return self.splits[split]
 
     def _shape(self, split: str) -> tuple[int, ...]:
-        images, _ = self.splits[split].take(torch.tensor([0]))
+        images, *_ = self.splits[split].take(torch.tensor([0]))
         return tuple(images.shape[1:])
 
     @cached_property
@@ -204,7 +246,8 @@ class Data:
 
         Class names count too; `name` does not.
         """
-        rest = [self.classes, self.preprocessing.model_dump(), sorted(self.augment)]
+        preprocessing = self.preprocessing.model_dump(exclude_defaults=True)
+        rest = [self.classes, preprocessing, sorted(self.augment)]
         splits = {split: images.fingerprint for split, images in self.splits.items()}
         return sha256(json.dumps([rest, splits], sort_keys=True).encode())
 
@@ -258,15 +301,15 @@ def training_batches(
             images of `view_batches`. Only for `Data` whose `views` can be counted.
 
     Yields:
-        From `Data`: (N, C, H, W) float32, normalised, and (N,) int64 labels. From an iterable:
-        its tensors, (x,) or (x, y, ...).
+        From `Data`: (N, C, H, W) float32, normalised, and its targets: (N,) int64 labels, or
+        what detection has. From an iterable: its tensors, (x,) or (x, y, ...).
 
     Raises:
         DataError: a batch that is neither, holds NaN or infinity, or an iterable without any.
     """
     if isinstance(data, Data):
         batches = _shuffled(data, batch_size, seed, epoch, start)
-        return batches if keyed else ((x, y) for x, y, _ in batches)
+        return batches if keyed else (batch[:-1] for batch in batches)
     return _coerced(data, "train", start)
 
 
@@ -292,7 +335,7 @@ def views(data: Data) -> int | None:
 def view_batches(data: Data, batch_size: int) -> Iterator[Tensor]:
     """Inputs of all views of the training images, in the order of their keys."""
     for view in range(views(data) or 0):
-        for x, _ in _in_order(data, "train", batch_size):
+        for x, *_ in _in_order(data, "train", batch_size):
             yield x.flip(-1) if view else x
 
 
@@ -308,41 +351,27 @@ def train_steps(data: BatchSource, batch_size: int) -> int | None:
 
 def _shuffled(
     data: Data, batch_size: int, seed: int, epoch: int, start: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+) -> Iterator[tuple[Tensor, ...]]:
     images = data.splits["train"]
     order = torch.randperm(len(images), generator=_generator(seed, epoch))
     for step in range(start, data.steps("train", batch_size)):
         chosen = order[step * batch_size : (step + 1) * batch_size]
-        x, y = images.take(chosen)
+        x, *rest = images.take(chosen)
+        targets = tuple(rest)
         if data.augment:
-            x, flipped = _augmented(x, data.augment, _generator(seed, epoch, step))
+            x, targets, flipped = data.augmentations.apply(
+                x, targets, data.augment, _generator(seed, epoch, step)
+            )
             chosen = chosen + len(images) * flipped
-        yield _normalised(x, data.preprocessing), y, chosen
+        yield _normalised(x, data.preprocessing), *targets, chosen
 
 
-def _in_order(data: Data, split: str, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _in_order(data: Data, split: str, batch_size: int) -> Iterator[tuple[Tensor, ...]]:
     data.steps(split, batch_size)  # refuses what does not fit
     images = data.splits[split]
     for indices in torch.split(torch.arange(len(images)), batch_size):
-        x, y = images.take(indices)
-        yield _normalised(x, data.preprocessing), y
-
-
-def _augmented(x: Tensor, augment: Sequence[str], generator: Generator) -> tuple[Tensor, Tensor]:
-    """Crop and flip in a single gather over the pixels of each padded plane; and which flipped."""
-    n, channels, height, width = x.shape
-    border = max(1, height // 8) if "crop" in augment else 0
-    top, left = torch.randint(2 * border + 1, (2, n, 1), generator=generator)
-    columns = torch.arange(width).expand(n, width)
-    flipped = torch.zeros(n, 1, dtype=torch.bool)
-    if "flip" in augment:
-        flipped = torch.rand(n, 1, generator=generator) < 0.5
-        columns = torch.where(flipped, columns.flip(1), columns)
-    rows = (torch.arange(height) + top) * (width + 2 * border)
-    pixels = rows[:, :, None] + (columns + left)[:, None, :]
-    planes = pad(x, [border] * 4).flatten(2)
-    augmented = planes.gather(2, pixels.view(n, 1, -1).expand(n, channels, -1)).view(x.shape)
-    return augmented, flipped[:, 0]
+        x, *targets = images.take(indices)
+        yield _normalised(x, data.preprocessing), *targets
 
 
 def _normalised(x: Tensor, preprocessing: Preprocessing) -> Tensor:

@@ -59,13 +59,16 @@ def read_data(
     root: str | Path | None = None,
     augment: Sequence[str] = (),
     channels: int | None = None,
-    size: int | None = None,
+    size: int | tuple[int, int] | None = None,
     train: int | None = None,
     test: int | None = None,
+    annotations: str | Path | None = None,
+    images: str | Path | None = None,
+    strict: bool = False,
     download: bool = True,
     memory_mib: int = 4096,
 ) -> Data:
-    """Read labelled images.
+    """Read labelled images, or images with boxes.
 
     Mean and standard deviation are those of the training images that are used, from 2,000 of
     them where they are not held in memory.
@@ -77,15 +80,18 @@ def read_data(
             with x_train, y_train, x_test and y_test as `root`;
             "image-folder": root/train/<class>/<image>, and the same in root/test, root/val or
             both; needs `size`;
+            "coco", "yolo": images with boxes in a folder or zip, see `edgekd.data.detection`; needs
+            `size`, which may be (height, width);
             "torchvision/NAME": a classification set of torchvision.datasets;
             "package.module:callable": called with `root=` if given; returns `Data`.
         root: file or folder; what it means depends on the source.
-        augment: of "flip" and "crop"; see `Data`.
+        augment: of "flip" and "crop"; see `Data`. Of boxes: "flip", "scale" and "colour".
         channels: 3 repeats grey images; None keeps what the first image has.
         size: height and width in pixels: the shorter side is resized (bilinear, antialiased),
             the middle is kept. None keeps the images' own, which must then all be equal.
         train: use only so many training images, balanced over the classes.
         test: the same for the test split.
+        annotations, images, strict: of images with boxes, see `read_detection`.
         download: whether the network may be used.
         memory_mib: a set that is larger once decoded is decoded batch by batch instead.
 
@@ -96,6 +102,21 @@ def read_data(
     root = None if root is None else Path(root).expanduser()
     if channels not in (None, 1, 3):
         raise DataError(f"channels is {channels}; it must be 1 or 3")
+    if source in ("coco", "yolo"):
+        from edgekd.data.detection import read_detection
+
+        if root is None or size is None:
+            raise _lacks(source, "root" if root is None else "size")
+        return read_detection(
+            source, root=root, size=size,
+            annotations=None if annotations is None else Path(annotations).expanduser(),
+            images=None if images is None else Path(images).expanduser(), augment=augment,
+            channels=channels, train=train, test=test, strict=strict, memory_mib=memory_mib,
+        )  # fmt: skip
+    if annotations is not None or images is not None or strict:
+        raise DataError(f"{source} has no boxes; remove annotations, images and strict")
+    if isinstance(size, tuple):
+        raise DataError(f"size is {size}; {source} takes one number for height and width")
     if size is not None and size < 1:
         raise DataError(f"size is {size}; it must be 1 or more")
     if ":" in source:
@@ -109,16 +130,26 @@ def read_data(
         sources, classes = _idx_set(source, root, download), IDX_SETS[source]
     elif source == "image-folder":
         if root is None or size is None:
-            missing = "root" if root is None else "size"
-            raise DataError(f"image-folder needs {missing}; give root = folder, size = pixels")
+            raise _lacks(source, "root" if root is None else "size")
         sources, classes = _image_folder(root)
     elif library == "torchvision" and name:
-        sources, classes = _torchvision(name, root or _cache("torchvision"), download)
+        sources, classes = _torchvision(name, root or cache_folder("torchvision"), download)
     else:
-        known = (*IDX_SETS, "image-folder", "torchvision/NAME", "package.module:callable")
+        known = (
+            *IDX_SETS,
+            "image-folder",
+            "coco",
+            "yolo",
+            "torchvision/NAME",
+            "package.module:callable",
+        )
         raise DataError(f"unknown data source {source!r}{nearest(source, known)}")
     splits = _shaped(sources, channels, size, {"train": train, "test": test}, memory_mib)
-    return Data(source, splits, classes, _preprocessing(splits["train"]), tuple(augment))
+    return Data(source, splits, classes, channel_statistics(splits["train"]), tuple(augment))
+
+
+def _lacks(source: str, name: str) -> DataError:
+    return DataError(f"{source} needs {name}; give root = folder, size = pixels")
 
 
 # ---- from files to tensors ---------------------------------------------------------------------
@@ -150,14 +181,7 @@ class _Decoded:
         return sha256(text.encode())
 
     def take(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        # one task for each thread: one for each image costs more than decoding a small one
-        parts = [part.tolist() for part in indices.tensor_split(os.cpu_count() or 1)]
-        with ThreadPoolExecutor(len(parts)) as pool:
-            arrays = [a for part in pool.map(self._decode_all, parts) for a in part]
-        return torch.from_numpy(np.stack(arrays)), self.labels[indices]
-
-    def _decode_all(self, indices: list[int]) -> list[NDArray[np.uint8]]:
-        return [self._decode(index) for index in indices]
+        return decode_in_threads(self._decode, indices), self.labels[indices]
 
     def _decode(self, index: int) -> NDArray[np.uint8]:
         """(C, H, W) of one image."""
@@ -177,6 +201,15 @@ class _Decoded:
                 f"{height}×{width}: set size to make all images one size"
             )
         return np.asarray(image).reshape(height, width, channels).transpose(2, 0, 1)
+
+
+def decode_in_threads(decode: Callable[[int], NDArray[np.uint8]], indices: Tensor) -> Tensor:
+    """(n, C, H, W) uint8 of `indices` (n,), each (C, H, W) decoded by itself."""
+    # one task for each thread: one for each image costs more than decoding a small one
+    parts = [part.tolist() for part in indices.tensor_split(os.cpu_count() or 1)]
+    with ThreadPoolExecutor(len(parts)) as pool:
+        decoded = pool.map(lambda part: [decode(index) for index in part], parts)
+        return torch.from_numpy(np.stack([array for part in decoded for array in part]))
 
 
 class _Resized:
@@ -242,18 +275,18 @@ def _in_memory(images: Images, split: str) -> InMemory:
     if isinstance(images, InMemory):
         return images
     chunks = torch.split(torch.arange(len(images)), CHUNK)
-    pixels = [images.take(indices)[0] for indices in _tracked(chunks, f"decoding {split}")]
+    pixels = [images.take(indices)[0] for indices in tracked(chunks, f"decoding {split}")]
     return InMemory(torch.cat(pixels), images.labels)
 
 
-def _tracked(items: Sequence[T], label: str) -> Iterable[T]:
+def tracked(items: Sequence[T], label: str) -> Iterable[T]:
     """The items, with a bar on a terminal and nothing in a log file."""
     console = Console(stderr=True)
     hidden = not console.is_terminal
     return track(items, label, console=console, transient=True, disable=hidden)
 
 
-def _preprocessing(images: Images) -> Preprocessing:
+def channel_statistics(images: Images) -> Preprocessing:
     """Mean and deviation per channel, from exact integer sums.
 
     NumPy's: torch would start its threads for each small sum, at ten times the cost.
@@ -321,7 +354,7 @@ def _idx_set(name: str, root: Path | None, download: bool) -> dict[str, InMemory
 
 def _find_idx(name: str, root: Path | None, download: bool) -> dict[str, tuple[Path, Path]]:
     """(images, labels) of each split."""
-    cache, kind = _cache(name), IDX_DOWNLOADS[name]
+    cache, kind = cache_folder(name), IDX_DOWNLOADS[name]
     places = [DEBIAN / name, cache] if root is None else [root, DEBIAN / name, cache]
     for place in places:
         for folder in (place, place / kind / "raw"):
@@ -379,7 +412,8 @@ def _read_npz(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
         raise DataError(f"{path} cannot be read as an .npz of arrays: {error}") from None
 
 
-def _cache(name: str) -> Path:
+def cache_folder(name: str) -> Path:
+    """Where `name` is kept: in $EDGEKD_HOME/data, else in ~/.cache/edgekd."""
     home = os.environ.get("EDGEKD_HOME")
     return (Path(home) / "data" if home else Path.home() / ".cache" / "edgekd") / name
 
@@ -419,7 +453,7 @@ def _folder_split(folder: Path, classes: tuple[str, ...]) -> _Opened:
         labels += [classes.index(kind.name)] * len(found)
 
     def open_(index: int) -> PIL.Image.Image:
-        return _open_file(files[index])
+        return open_image(files[index])
 
     def identity() -> str:
         stats = [(p.relative_to(folder).as_posix(), p.stat()) for p in files]
@@ -432,7 +466,12 @@ def _folders(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
-def _open_file(path: Path) -> PIL.Image.Image:
+def open_image(path: Path) -> PIL.Image.Image:
+    """The decoded image.
+
+    Raises:
+        DataError: it cannot be read.
+    """
     try:
         with PIL.Image.open(path) as image:
             image.load()
@@ -509,7 +548,7 @@ def _from_set(name: str, images: Any) -> _Opened:
             found = getattr(images, attribute)
             break
     else:
-        found = [images[i][1] for i in _tracked(range(len(images)), f"labels of {name}")]
+        found = [images[i][1] for i in tracked(range(len(images)), f"labels of {name}")]
     try:
         labels = np.asarray(found)
     except ValueError:  # ragged: several labels for an image

@@ -25,9 +25,10 @@ from edgekd.errors import StateError
 from edgekd.files import write_atomically
 from edgekd.knowledge.taps import Features
 from edgekd.knowledge.teachers import Teacher, TeacherLike, as_teacher, module_of
+from edgekd.knowledge.terms import flat
 from edgekd.reporting.progress import Progress, console
 
-FORMAT = 1
+FORMAT = 2
 LARGEST_GIB = 16.0
 BATCH = 256
 
@@ -97,9 +98,9 @@ def _fill(
         with Progress("asking the teacher", -(-total // BATCH)) as progress, ExitStack() as stack:
             for x in view_batches(data, BATCH):
                 outputs, features = ask((x.to(device),), None)
-                if not isinstance(outputs, Tensor):
-                    return "they are several tensors"
-                halves = [t.half().cpu().numpy() for t in (outputs, *(features[t] for t in taps))]
+                names = _names(outputs)
+                kept = [*flat(outputs), *(features[tap] for tap in taps)]
+                halves = [t.half().cpu().numpy() for t in kept]
                 if not all(np.isfinite(half).all() for half in halves):
                     return "they do not fit into fp16"
                 if not files:
@@ -115,11 +116,26 @@ def _fill(
                     digest.update(rows)
                 progress.advance()
         facts = [{"shape": shape, "sha256": digest.hexdigest()} for _, digest, shape in files]
-        write_atomically(part / "index.json", json.dumps({"taps": list(taps), "files": facts}))
+        text = json.dumps({"outputs": names, "taps": list(taps), "files": facts})
+        write_atomically(part / "index.json", text)
         part.replace(place)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return None
+
+
+def _names(outputs: Any) -> list[str] | int | None:
+    """Of a dict of tensors; how many there are in a tuple; None for a single one."""
+    if isinstance(outputs, Tensor):
+        return None
+    return list(outputs) if isinstance(outputs, dict) else len(outputs)
+
+
+def _outputs(tensors: list[Tensor], names: list[str] | int | None) -> Any:
+    """What `tensors` and `names` were taken from."""
+    if names is None:
+        return tensors[0]
+    return tuple(tensors) if isinstance(names, int) else dict(zip(names, tensors, strict=True))
 
 
 def _too_large(part: Path, shapes: list[list[int]]) -> str | None:
@@ -131,7 +147,7 @@ def _too_large(part: Path, shapes: list[list[int]]) -> str | None:
 def _read(place: Path) -> Teacher:
     try:
         index = json.loads((place / "index.json").read_text())
-        taps, files = index["taps"], index["files"]
+        names, taps, files = index["outputs"], index["taps"], index["files"]
         arrays = []
         for number, facts in enumerate(files):
             path, shape = place / f"{number}.f16", tuple(facts["shape"])
@@ -147,9 +163,8 @@ def _read(place: Path) -> Teacher:
     def answer(inputs: tuple[Tensor, ...], keys: Tensor | None) -> tuple[Any, Features]:
         assert keys is not None
         rows = keys.cpu().numpy()
-        outputs, *features = (
-            torch.from_numpy(array[rows]).to(inputs[0].device).float() for array in arrays
-        )
-        return outputs, dict(zip(taps, features, strict=True))
+        found = [torch.from_numpy(array[rows]).to(inputs[0].device).float() for array in arrays]
+        first = len(found) - len(taps)
+        return _outputs(found[:first], names), dict(zip(taps, found[first:], strict=True))
 
     return answer

@@ -53,6 +53,7 @@ def learn(
         ModelError: hints that name no module, or maps that do not go together.
     """
     student.expect_inputs(1)
+    task = None if task is None else task.of(student.io)
     made: dict[tuple[str, str], Hint] = {}
     if hints:
         if teacher is None:

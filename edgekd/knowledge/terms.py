@@ -91,11 +91,12 @@ class LearningTerms(nn.Module):
 
 def match_outputs(outputs: Any, teacher_outputs: Any) -> Tensor:
     """Mean squared error over the teacher's variance, mean over outputs; needs no task."""
-    pairs = list(zip(_flat(outputs), _flat(teacher_outputs), strict=True))
+    pairs = list(zip(flat(outputs), flat(teacher_outputs), strict=True))
     return torch.stack([relative_error(a, b) for a, b in pairs]).mean()
 
 
-def _flat(outputs: Any) -> list[Tensor]:
+def flat(outputs: Any) -> list[Tensor]:
+    """The tensors of a network's outputs: of a dict, a sequence, or the one that there is."""
     if isinstance(outputs, Tensor):
         return [outputs]
     return list(outputs.values() if isinstance(outputs, dict) else outputs)

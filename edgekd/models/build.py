@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import inspect
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 from edgekd.errors import MissingPackageError, ModelError, nearest
+from edgekd.models.detector import detector
 from edgekd.models.resnet import resnet, resnet_space
 
-FAMILIES = {"edgekd/resnet": resnet}
+FAMILIES: dict[str, Callable[..., nn.Module]] = {
+    "edgekd/detector": detector,
+    "edgekd/resnet": resnet,
+}
 # (a recipe's kwargs, side of the data's images) -> values of arguments to choose a student among
 SPACES = {"edgekd/resnet": resnet_space}
 # arguments that fetch weights: never repeated when a saved network is rebuilt
@@ -66,7 +71,10 @@ def _factory(name: str, *, trust: bool, origin: str) -> Any:
 
         if model not in models.list_models():
             raise ModelError(f"{origin}: no model {name!r}{nearest(model, models.list_models())}")
-        return lambda **kwargs: models.get_model(model, **kwargs)
+        from edgekd.models.torchvision_detectors import build_core, is_detector
+
+        build = build_core if is_detector(model) else models.get_model
+        return lambda **kwargs: build(model, **kwargs)
     if library == "timm" and model:
         try:
             import timm

@@ -117,6 +117,12 @@ def find_groups(module: nn.Module, inputs: Sequence[Tensor], ignore: Iterable[st
         rest = sorted(set(range(pruner.get_out_channels(layer))) - covered.get(id(layer), set()))
         if not rest:
             continue
+        # torch-pruning spreads each flattened channel over all its elements, once more for every
+        # reshape behind it: minutes for the heads of a detector, which are outputs anyway
+        if _leaves(graph, graph.module2node[layer]):
+            unit = torch.arange(len(rest))
+            groups.append(Group(path, unit=unit, fixed="outputs of the network"))
+            continue
         tied = graph.get_pruning_group(layer, pruner.prune_out_channels, rest)
         for dep, indices in tied:
             covered.setdefault(id(dep.target.module), set()).update(
@@ -182,9 +188,28 @@ def _trace(module: nn.Module, inputs: Sequence[Tensor]) -> tuple[Any, set[Any]]:
 
 
 def _side(graph: Any, dep: Any) -> Side:
-    pruner = graph.get_pruner_of_module(dep.target.module)
-    through = pruner.prune_in_channels == pruner.prune_out_channels
-    return "in" if dep.handler == pruner.prune_in_channels and not through else "out"
+    reads = dep.handler == graph.get_pruner_of_module(dep.target.module).prune_in_channels
+    return "in" if reads and not _through(graph, dep.target.module) else "out"
+
+
+def _leaves(graph: Any, node: Any) -> bool:
+    """Whether a node's channels reach an output through nothing that has others of its own."""
+    ahead, seen = list(node.outputs), set()
+    while ahead:
+        node = ahead.pop()
+        if node.type == graph.ops.OPTYPE.OUTPUT:
+            return True
+        if id(node) not in seen:
+            seen.add(id(node))
+            ahead += node.outputs if _through(graph, node.module) else []
+    return False
+
+
+def _through(graph: Any, layer: Any) -> bool:
+    """Whether its outputs are the channels of its inputs."""
+    pruner = graph.get_pruner_of_module(layer)
+    same: bool = pruner.prune_in_channels == pruner.prune_out_channels
+    return same
 
 
 def _group(

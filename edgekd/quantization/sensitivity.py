@@ -308,6 +308,7 @@ class _Judge:
 
     @staticmethod
     def of(float_net: Network, batches: Batches, task: Task | None, on: Fabric) -> _Judge:
+        task = None if task is None else task.of(float_net.io)
         reference, targets = gather(predict(float_net, batches, on=on))
         if task is None and not (isinstance(reference, Tensor) and reference.dim() == 2):
             raise RecipeError("max_drop: outputs are not (N, K) scores; give a task to judge them")
@@ -335,9 +336,10 @@ class _Judge:
     def _score(self, outputs: Any) -> float:
         if self.task is None:
             return top1_agreement(outputs, self.reference)
+        answers = self.task.answers(outputs)
         if not self.targets:
-            return self.task.agreement(outputs, self.reference)
-        return self.task.score(outputs, self.targets).value
+            return self.task.agreement(answers, self.task.answers(self.reference))
+        return self.task.score(answers, self.targets).value
 
 
 def sqnr_db(reference: Any, outputs: Any) -> float:

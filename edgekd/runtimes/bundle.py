@@ -6,6 +6,7 @@ check.npz       three inputs, and what the trained network gives for them
 infer.py        runs images, or `--check`; Python 3.6, NumPy and the runtime
 measure.py      measures latency, and writes measurement.json; Python 3.6
 Classifier.kt, Classifier.swift   the same in an app
+detect.py       of a detector: letterbox, boxes out of raw heads; NumPy alone
 """
 
 from __future__ import annotations
@@ -87,11 +88,13 @@ def write_bundle(
     for name in ON_DEVICE:
         write_atomically(path.with_name(name), (shipped / name).read_text())
     if len(net.io.inputs) == 1 and len(net.io.inputs[0].shape) == 3:
-        for name in target.snippets:
+        for name in target.snippets if net.io.decoding is None else ():  # they are of classifiers
             text = (shipped / name).read_text()
             for word, value in _words(path, net).items():
                 text = text.replace(f"@{word}@", value)
             write_atomically(path.with_name(name), text)
+    if net.io.decoding is not None:
+        write_atomically(path.with_name("detect.py"), (shipped / "detect.py").read_text())
 
 
 def _integers(path: Path, net: Network, target: Target) -> dict[str, Any]:

@@ -130,6 +130,7 @@ def verify(
     intended: int | None = None
     if not all(np.isfinite(t).all() for t in theirs):
         failed.append("the artifact's outputs are not finite")
+    task = None if task is None else task.of(net.io)
     compare = _agreement(task, theirs, ours)
     if compare is None:
         unchecked.append("agreement: outputs are not (N, K) scores; give a task")
@@ -141,8 +142,8 @@ def verify(
         if not targets:
             unchecked.append("metric: the data has no labels")
         else:
-            score = task.score(_as_outputs(theirs), targets)
-            reference = task.score(_as_outputs(ours), targets)
+            score = task.score(task.answers(_as_outputs(theirs)), targets)
+            reference = task.score(task.answers(_as_outputs(ours)), targets)
             figures |= {"metric": score, "reference_metric": reference}
             if abs(score.value - reference.value) > metric_gap + 1e-12:
                 failed.append(
@@ -288,7 +289,7 @@ def _as_outputs(arrays: Arrays) -> Any:
 
 def _agreement(task: Task | None, a: Arrays, b: Arrays) -> float | None:
     if task is not None:
-        return task.agreement(_as_outputs(a), _as_outputs(b))
+        return task.agreement(task.answers(_as_outputs(a)), task.answers(_as_outputs(b)))
     if len(a) == 1 and a[0].ndim == 2:
         return top1_agreement(_as_outputs(a), _as_outputs(b))
     return None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from edgekd.errors import RecipeError, nearest
+from edgekd.network import IO
 
 
 class Score(BaseModel):
@@ -15,6 +17,7 @@ class Score(BaseModel):
 
     Attributes:
         by_class: of each class alone, in the order of the labels; None where it has no samples.
+        parts: further figures by name, as shares of 1; None where there are no samples.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -22,6 +25,7 @@ class Score(BaseModel):
     ci95: tuple[float, float]
     n: int
     by_class: tuple[float | None, ...] = ()
+    parts: dict[str, float | None] = {}
 
 
 class Difference(BaseModel):
@@ -33,11 +37,21 @@ class Difference(BaseModel):
 
 
 class Task(Protocol):
-    """Stateless; stages never ask which task it is."""
+    """Stateless; stages never ask which task it is.
+
+    Networks of one task may code their outputs in different ways, as detectors do: `of` gives the
+    task for the outputs of one. Answers are what all of them say in the same way.
+    """
 
     @property
     def metric_name(self) -> str:
         """What `score` counts, for tables."""
+
+    def of(self, io: IO) -> Task:
+        """This task for the outputs of networks with that IO."""
+
+    def answers(self, outputs: Any) -> Any:
+        """What a batch of outputs says, without gradient: a tensor, a tuple or a dict of them."""
 
     def loss(self, outputs: Any, targets: tuple[Tensor, ...]) -> Tensor:
         """Supervised loss, a scalar."""
@@ -45,23 +59,34 @@ class Task(Protocol):
     def distillation(self, outputs: Any, teacher_outputs: Any) -> Tensor:
         """The default term on the outputs, a scalar; teacher outputs carry no gradient."""
 
-    def score(self, outputs: Any, targets: tuple[Tensor, ...]) -> Score:
-        """The metric over a whole split: outputs and targets of all its samples."""
+    def score(self, answers: Any, targets: tuple[Tensor, ...]) -> Score:
+        """The metric over a whole split: answers and targets of all its samples."""
 
     def difference(self, a: Any, b: Any, targets: tuple[Tensor, ...]) -> Difference:
-        """The metric of `a` less that of `b`, sample by sample over a whole split."""
+        """The metric of answers `a` less that of `b`, on the same samples of a whole split."""
 
     def agreement(self, a: Any, b: Any) -> float:
-        """Share of samples for which two networks give the same answer."""
+        """Share of samples, or of what is found in them, for which two networks' answers agree."""
 
 
 def get_task(name: str, **options: Any) -> Task:
-    """The task of that name, with its options (temperature, label smoothing, ...)."""
-    from edgekd.tasks.classification import Classification
+    """The task of that name, with its options (temperature, label smoothing, ...).
 
-    tasks = {"classification": Classification}
+    Raises:
+        RecipeError: no such task, or an option that it does not have.
+    """
+    from edgekd.tasks.classification import Classification
+    from edgekd.tasks.detection import Detection
+
+    tasks: dict[str, type[Classification | Detection]] = {
+        "classification": Classification, "detection": Detection
+    }  # fmt: skip
     if name not in tasks:
         raise RecipeError(f"no task {name!r}{nearest(name, tasks)}")
+    known = [field.name for field in fields(tasks[name])]
+    for option in options:
+        if option not in known:
+            raise RecipeError(f"{name} has no option {option!r}{nearest(option, known)}")
     return tasks[name](**options)
 
 

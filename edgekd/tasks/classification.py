@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from edgekd.knowledge.response import Response
+from edgekd.network import IO
 from edgekd.tasks.base import Difference, Score, paired_difference, top1_agreement, wilson_interval
 
 
@@ -25,6 +26,14 @@ class Classification:
     label_smoothing: float = 0.0
     metric_name: str = "top-1 accuracy"
 
+    def of(self, io: IO) -> Classification:
+        """Itself: all classifiers give scores."""
+        return self
+
+    def answers(self, outputs: Tensor) -> Tensor:
+        """The (N, K) scores as they are."""
+        return outputs
+
     def loss(self, outputs: Tensor, targets: tuple[Tensor, ...]) -> Tensor:
         """Cross-entropy of (N, K) scores and (N,) labels."""
         return F.cross_entropy(outputs, targets[0], label_smoothing=self.label_smoothing)
@@ -34,10 +43,10 @@ class Classification:
         loss: Tensor = Response(self.temperature)(outputs, teacher_outputs)
         return loss
 
-    def score(self, outputs: Tensor, targets: tuple[Tensor, ...]) -> Score:
+    def score(self, answers: Tensor, targets: tuple[Tensor, ...]) -> Score:
         """Top-1 accuracy with its Wilson interval; of a class: the share found of its images."""
-        right, classes = outputs.argmax(1) == targets[0], outputs.shape[1]
-        hits, n = int(right.sum()), len(outputs)
+        right, classes = answers.argmax(1) == targets[0], answers.shape[1]
+        hits, n = int(right.sum()), len(answers)
         found = torch.bincount(targets[0][right], minlength=classes).tolist()
         counts = torch.bincount(targets[0], minlength=classes).tolist()
         by_class = tuple(f / c if c else None for f, c in zip(found, counts, strict=True))

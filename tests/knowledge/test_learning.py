@@ -195,9 +195,30 @@ def test_another_teacher_or_other_data_are_asked_anew(tmp_path):
     assert folders() == 5
 
 
-class Two(nn.Module):
+class Several(nn.Module):
+    def __init__(self, kind: type) -> None:
+        super().__init__()
+        self.kind = kind
+
     def forward(self, x):
-        return x, x
+        parts = {"mean": x.mean((2, 3)), "corner": x[..., :2, :3]}
+        return parts if self.kind is dict else tuple(parts.values())
+
+
+@pytest.mark.parametrize("kind", [dict, tuple])
+def test_answers_of_several_tensors_are_kept_as_they_come(tmp_path, kind):
+    teacher = Several(kind)
+    ask = cached_teacher(teacher, DATA, folder=tmp_path, device=CPU)
+    assert ask is not None
+    views = torch.cat(list(view_batches(DATA, 64)))
+    keys = torch.tensor([100, 3, 191])
+    outputs, features = ask((views[keys],), keys)
+    assert type(outputs) is kind and not features
+    wanted = teacher(views[keys])
+    names = list(wanted) if kind is dict else range(2)
+    assert len(outputs) == 2
+    for name in names:
+        assert torch.allclose(outputs[name], wanted[name], rtol=2e-3, atol=2e-3)
 
 
 class Huge(nn.Module):
@@ -211,7 +232,6 @@ class Huge(nn.Module):
         (TEACHER.module.forward, DATA),
         (TEACHER, replace(DATA, augment=("flip", "crop"))),
         (TEACHER, [(torch.zeros(2, 1, 12, 12), torch.zeros(2, dtype=torch.long))]),
-        (Two(), DATA),
         (Huge(), DATA),
     ],
 )

@@ -49,7 +49,7 @@ def test_a_callable_runs_only_when_trusted():
     ("model", "kwargs", "message"),
     [
         ("torchvision/resnet81", {}, "no model 'torchvision/resnet81'; did you mean"),
-        ("nothing", {}, "no model 'nothing'; use edgekd/resnet, torchvision/NAME"),
+        ("nothing", {}, "no model 'nothing'; use edgekd/detector, edgekd/resnet, torchvision/NAME"),
         ("edgekd/resnet", {"classes": 4}, "edgekd/resnet does not take .*classes"),
         ("no.such.module:f", {}, r"'no\.such\.module:f' cannot be imported"),
         ("torch.nn:Nothing", {}, "'torch.nn:Nothing' cannot be imported"),

@@ -484,3 +484,31 @@ def test_a_recipe_prunes_between_distilling_and_quantizing(
     assert sorted(path.name for path in (tmp_path / "pruned").iterdir()) == done
     with pytest.raises(RecipeError, match="give one of ratio, macs and params"):
         edgekd.Recipe(**sections, prune={"ratio": 0.5, "macs": 0.5})
+
+
+class Heads(nn.Module):
+    """Two maps with heads of their own, flattened into one output, as detectors give it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 32, 3, 1, 1), nn.Conv2d(32, 32, 3, 2, 1)
+        self.heads = nn.ModuleList(nn.Conv2d(32, 6, 1) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        fine = self.first(x).relu()
+        maps = [head(m) for head, m in zip(self.heads, (fine, self.second(fine)), strict=True)]
+        return torch.cat([m.permute(0, 2, 3, 1).reshape(len(x), -1, 3) for m in maps], 1)
+
+
+def test_each_of_a_detectors_heads_is_an_output():
+    net = edgekd.Network(Heads(), torch.zeros(1, 3, 16, 16))
+    with console.capture() as said:
+        pruned = edgekd.prune(net, ratio=0.5, round_to=8)
+    text = " ".join(said.get().split())
+    assert "kept whole: heads.0, heads.1 (outputs of the network)" in text
+    assert pruned.resized == {
+        "first": {"out_channels": 16},
+        "second": {"in_channels": 16, "out_channels": 16},
+        "heads.0": {"in_channels": 16},
+        "heads.1": {"in_channels": 16},
+    }

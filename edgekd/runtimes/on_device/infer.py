@@ -230,15 +230,31 @@ def read_image(path, manifest):
     from PIL import Image, ImageOps
 
     channels, height, width = manifest["io"]["inputs"][0]["shape"]
+    known = manifest["io"]["preprocessing"]
     image = Image.open(path).convert("L" if channels == 1 else "RGB")
-    if image.size != (width, height):
+    if known is not None and known["fit"] == "letterbox":
+        from detect import letterbox
+
+        pixels = np.asarray(image).reshape(image.height, image.width, channels)
+        image = letterbox(pixels, height, width)
+    elif image.size != (width, height):
         image = ImageOps.fit(image, (width, height), Image.BILINEAR)
     x = np.asarray(image, np.float32).reshape(height, width, channels).transpose(2, 0, 1)[None]
-    known = manifest["io"]["preprocessing"]
     if known is None:
         return x
     mean, std = (np.array(known[k], np.float32).reshape(1, -1, 1, 1) for k in ("mean", "std"))
     return (x / np.float32(255) - mean) / std
+
+
+def boxes(path, model, manifest):
+    """(D, 6) detections in pixels of the image: left, top, right, bottom, score, class."""
+    from detect import detect, to_original
+    from PIL import Image
+
+    decoding = manifest["io"]["decoding"]
+    found = detect(decoding, model([read_image(path, manifest)]))
+    with Image.open(path) as image:
+        return to_original(found, image.height, image.width, decoding)
 
 
 def check(model, manifest):
@@ -270,6 +286,8 @@ def main():
     parser.add_argument("images", nargs="*", help="image files")
     parser.add_argument("--check", action="store_true", help="compare with what was trained")
     parser.add_argument("--top", type=int, default=5, help="answers to print of each image")
+    parser.add_argument("--score", type=float, default=0.3, help="least score of a detection")
+    parser.add_argument("--json", action="store_true", help="a detector's boxes as lines of JSON")
     options = parser.parse_args()
     if not options.images and not options.check:
         parser.error("name an image, or --check")
@@ -280,6 +298,18 @@ def main():
         sys.exit(1)
     labels = manifest["io"]["labels"]
     for path in options.images:
+        if manifest["io"]["decoding"] is not None:
+            found = boxes(path, model, manifest)
+            shown = [row for row in found.tolist() if row[4] >= options.score]
+            if options.json:
+                print(json.dumps({"image": path, "boxes": shown}))
+                continue
+            print("{}: {} boxes".format(path, len(shown)))
+            for row in shown:
+                kind = int(row[5])
+                edges = " ".join("{:.1f}".format(edge) for edge in row[:4])
+                print("  {} {:.4f} {}".format(labels[kind] if labels else kind, row[4], edges))
+            continue
         scores = model([read_image(path, manifest)])[0].reshape(-1)
         best = scores.argsort()[::-1][: options.top]
         said = ["{} {:.4f}".format(labels[i] if labels else i, scores[i]) for i in best]
