@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from edgekd.errors import MissingPackageError, ModelError, nearest
-from edgekd.models.detector import detector
+from edgekd.models.detector import detector, detector_space
 from edgekd.models.resnet import resnet, resnet_space
 
 FAMILIES: dict[str, Callable[..., nn.Module]] = {
@@ -24,7 +24,7 @@ FAMILIES: dict[str, Callable[..., nn.Module]] = {
     "edgekd/resnet": resnet,
 }
 # (a recipe's kwargs, side of the data's images) -> values of arguments to choose a student among
-SPACES = {"edgekd/resnet": resnet_space}
+SPACES = {"edgekd/detector": detector_space, "edgekd/resnet": resnet_space}
 # arguments that fetch weights: never repeated when a saved network is rebuilt
 FETCHES = {"weights", "weights_backbone", "pretrained"}
 

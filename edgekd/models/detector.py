@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -155,3 +156,13 @@ def detector(
     if head_depth < 0:
         raise TypeError(f"head_depth is {head_depth}; it must be 0 or more")
     return Detector(in_channels, num_classes, scaled, counts, joined, head_depth)
+
+
+def detector_space(kwargs: dict[str, Any], side: int) -> dict[str, list[Any]]:
+    """Values of the family's arguments to choose among: depth and width.
+
+    Args:
+        kwargs: what the recipe gives.
+        side: pixels of the data's images; their size is the data's.
+    """
+    return {"depths": [1, 2], "scale": [0.25 * i for i in range(1, 13)]}
