@@ -35,9 +35,11 @@ Array = NDArray[np.float64]
 LEAST_MS = 1e-4
 LEAST_NETWORKS = 5
 # how far apart two kernels may be, in each of `_features`, to still tell of each other
-LENGTHS = np.array([1.5, 1.5, 1.5, 1.0, 2.0, 1.5, 3.0, 2.0, 3.0, 1.0])
-SPREAD, NOISE = 0.1, 0.01  # variances of the logarithm
+LENGTHS = np.array([2.2, 2.2, 2.2, 1.5, 3.0, 2.2, 4.5, 3.0, 4.5, 1.5])
+SPREAD, NOISE = 0.3, 0.005  # variances of the logarithm
 FOLDS = 5
+# how firmly a network's calibration holds to its kernels' times, and to no rest for each kernel
+RIDGE, HELD = 0.2, 200.0
 # what networks reach of a device's peak: between all and a tenth of it, a third in the middle
 REACHED, WORST = 3.0, 10.0
 LAUNCH_MS = 0.005
@@ -340,9 +342,6 @@ def _fit(networks: Sequence[_Network]) -> tuple[dict[str, _Kernels], Array]:
     hold = np.diag([RIDGE**2] * len(GROUPS) + [HELD**2])
     shares = np.linalg.solve(rows.T @ rows + hold, rows.sum(axis=0) + hold @ start)
     return families, shares
-
-
-RIDGE, HELD = 0.3, 200.0
 
 
 def _shares(families: dict[str, _Kernels], kernels: Sequence[Kernel]) -> Array:
