@@ -161,7 +161,7 @@ def of_openvino(node: RuntimeNode) -> Kernel:
                       math.prod(out))  # fmt: skip
     if op == "Transpose" and moves_channels(node.inputs[0], out):
         op = TURN
-    if op == "Eltwise" and node.inputs[-1] == (*out[:-1], 1) != out:
+    if op == "Eltwise" and node.inputs[-1] == (*out[:-1], 1) != out and math.prod(out[:-1]) > 1:
         op = "Eltwise.rows"
     reads = sum(math.prod(i) for i in node.inputs if len(i) > 1 and i not in constants)
     writes = sum(map(math.prod, node.outputs))
