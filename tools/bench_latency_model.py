@@ -10,13 +10,14 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import math
 import os
-import shutil
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,14 +26,21 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
+from scipy.optimize import nnls
+from sklearn.ensemble import RandomForestRegressor
 from torch import nn
 
 import edgekd
 from edgekd.files import write_atomically
 from edgekd.latency.calibrate import one_run
+from edgekd.latency.fusion import kernels_of
+from edgekd.latency.kernels import Kernel
 from edgekd.latency.measuring import host_name, today
+from edgekd.latency.model import LatencyModel, MeasuredNetwork, measured_networks
 from edgekd.latency.probes import ProbeKind, probe
+from edgekd.latency.profiles import read_profile
 from edgekd.latency.runtime_graph import runtime_nodes
+from edgekd.latency.tracing import Op, trace
 from edgekd.runtimes.base import fingerprint, get_runtime
 from edgekd.target import Target
 
@@ -164,36 +172,12 @@ def measure(name: str, raw: Path) -> dict[str, Any]:
             record["measured"]["reference"] = {}
         for key, figures in timed(calls).items():
             record["measured"][key] |= figures
-        if name in names_of("profiled"):
-            shutil.copytree(place, raw / "artifacts" / name, dirs_exist_ok=True)
         if not reference.exists():
             write_atomically(reference, (Path(place) / "host-onnxruntime-fp32.onnx").read_bytes())
     record["seconds"] = round(time.monotonic() - began, 1)
     with gzip.open(raw / f"{name.replace('/', '-')}.json.gz", "wt") as file:
         json.dump(nodes, file)
     return record
-
-
-def time_again(name: str, raw: Path) -> None:
-    """The kept artifacts of a profiled network, timed once more."""
-    folder = raw / "artifacts" / name
-    path = KEPT / f"{name}.json"
-    record = json.loads(path.read_text())
-    nodes: dict[str, Any] = {}
-    calls: dict[str, Callable[[], object]] = {}
-    for target in map(Target.load, TARGETS):
-        runtime = get_runtime(target.runtime)
-        for precision in target.precisions:
-            file = folder / f"{target.name}-{precision}{runtime.suffix}"
-            key = f"{target.name} {precision}"
-            nodes[key] = [n.model_dump(mode="json") for n in runtime_nodes(runtime.name, file, 1)]
-            calls[key] = one_run(runtime.load(file, threads=1))
-    if os.environ.get("TIMES"):
-        for key, figures in timed(calls).items():
-            record["measured"].setdefault(key, {}).update(figures)
-    with gzip.open(raw / f"{name}.json.gz", "wt") as file:
-        json.dump(nodes, file)
-    write_atomically(path, json.dumps(record, indent=1))
 
 
 def in_child(name: str, path: Path, raw: Path) -> None:
@@ -217,21 +201,199 @@ def measure_all(which: str, minutes: float, raw: Path) -> None:
     KEPT.mkdir(parents=True, exist_ok=True)
     raw.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    if which == "again":
-        for name in names_of("profiled"):
-            time_again(name, raw)
-            print(f"{time.strftime('%H:%M:%S')} {name}: timed again", flush=True)
-        return
     for name in names_of(which):
         path = KEPT / f"{name.replace('/', '-')}.json"
         if not path.exists() and time.monotonic() - began < 60 * minutes:
             in_child(name, path, raw)
 
 
+# ---- the tables ----------------------------------------------------------------------------------
+
+
+def op_units(ops: Sequence[Op]) -> Counter[str]:
+    """Of an unfused network, each operator's multiply-accumulates, or the elements it gives."""
+    units: Counter[str] = Counter()
+    for op in ops:
+        if op.kind == "convolution":
+            kind = "depthwise" if op.weight[1] == 1 else f"convolution {op.weight[2]}"
+            units[kind] += op.size * math.prod(op.weight[1:])
+        elif op.kind in ("linear", "bmm"):
+            units[op.kind] += op.size * op.inputs[0].shape[-1]
+        elif op.kind not in ("input", "output", "view", "part", "constant"):
+            units["elementwise"] += op.size
+    return units
+
+
+class Baselines:
+    """FLOPs, a table of unfused operators, and a random forest a kernel (nn-Meter's), fitted alike.
+
+    Zhang et al. 2021, doi:10.1145/3458864.3467882, §5: one regressor for each kind of kernel, over
+    its shape; a network is the sum.
+    """
+
+    def __init__(
+        self, networks: Sequence[MeasuredNetwork], traces: Mapping[str, Sequence[Op]]
+    ) -> None:
+        totals = np.array([n.total_ms for n in networks])
+        macs = np.array([[1.0, sum(k.macs for k in n.kernels)] for n in networks])
+        self.flops = nnls(macs / totals[:, None], np.ones(len(totals)))[0]
+        counted = [op_units(traces[n.name]) for n in networks]
+        self.kinds = sorted({kind for units in counted for kind in units})
+        table = np.array([[units[kind] for kind in self.kinds] for units in counted], dtype=float)
+        self.table = nnls(table / totals[:, None], np.ones(len(totals)))[0]
+        by_op: dict[str, list[tuple[Kernel, float]]] = {}
+        for net in networks:
+            for kernel, ms in zip(net.kernels, net.times, strict=True):
+                by_op.setdefault(kernel.op, []).append((kernel, float(ms)))
+        self.forests = {}
+        for op, seen in by_op.items():
+            forest = RandomForestRegressor(100, random_state=0)
+            self.forests[op] = forest.fit([shape_of(k) for k, _ in seen], [t for _, t in seen])
+
+    def estimate(self, kernels: Sequence[Kernel], ops: Sequence[Op]) -> dict[str, float]:
+        """ms, by baseline."""
+        units = op_units(ops)
+        by_op: dict[str, list[Kernel]] = {}
+        for kernel in kernels:
+            by_op.setdefault(kernel.op, []).append(kernel)
+        return {
+            "FLOPs": float(self.flops @ [1.0, sum(k.macs for k in kernels)]),
+            "operators": float(self.table @ [units[kind] for kind in self.kinds]),
+            "nn-Meter": sum(
+                float(self.forests[op].predict([shape_of(k) for k in same]).sum())
+                for op, same in by_op.items() if op in self.forests
+            ),
+        }  # fmt: skip
+
+
+def shape_of(kernel: Kernel) -> list[float]:
+    """What nn-Meter's regressors see."""
+    return [
+        kernel.height, kernel.width, kernel.cin, kernel.cout, kernel.kernel, kernel.stride,
+        kernel.groups, kernel.macs, kernel.weights, kernel.reads, kernel.writes,
+    ]  # fmt: skip
+
+
+METHODS = ("edgekd", "nn-Meter", "operators", "FLOPs")
+
+
+def kind_of(name: str) -> str:
+    """Which row of the table a network counts in."""
+    return "named" if "/" in name else name.partition("-")[0]
+
+
+def evaluate(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Estimate ÷ measured of each network, target, precision and method."""
+    quiet = min(r["measured"]["reference"]["p10_ms"] for r in records)
+    found = []
+    for target in map(Target.load, TARGETS):
+        model = LatencyModel.load(target)
+        rows = read_profile(target)
+        profiled = {n: build_meta(n) for n in names_of("profiled")}
+        traces = {n: trace(m, [s]) for n, (m, s) in profiled.items()}
+        for precision, networks in measured_networks(rows).items():
+            baselines = Baselines(networks, traces)
+            scheme = target.scheme if precision == "int8" else None
+            for record in records:
+                name = record["network"]
+                module, shape = build_meta(name)
+                ops = trace(module, [shape])
+                kernels = kernels_of(ops, target.runtime, scheme)
+                estimate = model.estimate(module, precision, [shape])
+                # the reference network, timed in the same turns, tells how slow the host was
+                slow = record["measured"]["reference"]["p10_ms"] / quiet
+                truth = record["measured"][f"{target.name} {precision}"]["p10_ms"] / slow
+                by_method = {"edgekd": estimate.p50_ms, **baselines.estimate(kernels, ops)}
+                found.append({
+                    "network": name, "target": target.name, "precision": precision,
+                    "measured_ms": truth,
+                    "inside": estimate.low_ms <= truth <= estimate.high_ms,
+                    **{method: ms / truth for method, ms in by_method.items()},
+                })  # fmt: skip
+    return found
+
+
+def build_meta(name: str) -> tuple[nn.Module, tuple[int, ...]]:
+    """The network without values."""
+    with torch.device("meta"):
+        module, shape = build(name)
+    return module.eval(), shape
+
+
+def figures(ratios: Sequence[float]) -> str:
+    """Mean error and the share within ±10 %."""
+    off = np.abs(np.asarray(ratios) - 1)
+    return f"{off.mean():.1%} / {np.mean(off <= 0.1):.0%}"
+
+
+def throughput(names: Sequence[str]) -> float:
+    """Networks a second of CPU time, from their class to milliseconds in one precision."""
+    model = LatencyModel.load(TARGETS[0])
+    began = time.process_time()
+    for name in names:
+        module, shape = build_meta(name)
+        model.estimate(module, "int8", [shape])
+    return len(names) / (time.process_time() - began)
+
+
+def write_tables() -> None:
+    """docs/latency_model.md."""
+    names = names_of("test")
+    paths = [KEPT / f"{name.replace('/', '-')}.json" for name in names]
+    records = [json.loads(path.read_text()) for path in paths if path.exists()]
+    found = evaluate(records)
+    random = [r["network"] for r in records if "/" not in r["network"]]
+    named_count = len(records) - len(random)
+    lines = [
+        "# The latency model", "", "Made by `tools/bench_latency_model.py`.", "",
+        f"{len(random)} of 60 random networks (seed {TEST_SEED}, unused in development) and "
+        f"{named_count} of {len(NAMED)} named ones, on {records[0]['host']}, one thread, batch 1, "
+        f"{records[0]['date']}, fitted to the 20 networks of the shipped profiles.",
+        "",
+        "A figure is the mean error and the share within ±10 %. What is estimated is the tenth "
+        "percentile of the process' CPU time: the host ran other jobs, and its median is off by "
+        "more than the model. A network that is timed in the same turns each time corrects for "
+        "what the host did meanwhile.",
+        "",
+        "| target | precision | networks | n | " + " | ".join(METHODS) + " | in its 90 % |",
+        "|---|---|---|---|" + "---|" * (len(METHODS) + 1),
+    ]  # fmt: skip
+    for target in TARGETS:
+        for precision in ("fp32", "int8"):
+            same = [f for f in found if (f["target"], f["precision"]) == (target, precision)]
+            for group in (*KINDS, "named", "all"):
+                some = [f for f in same if group in ("all", kind_of(f["network"]))]
+                if some:
+                    cells = [figures([f[method] for f in some]) for method in METHODS]
+                    inside = np.mean([f["inside"] for f in some])
+                    lines.append(
+                        f"| {target} | {precision} | {group} | {len(some)} | "
+                        + " | ".join(cells) + f" | {inside:.0%} |"
+                    )  # fmt: skip
+    lines += [
+        "", f"All together: {figures([f['edgekd'] for f in found])} (n = {len(found)}); "
+        f"{throughput(random):.0f} random networks a second, from their class to milliseconds "
+        "(CPU time, one core).", "", "## The furthest off", "",
+        "| network | target | precision | measured ms | estimate ÷ measured |",
+        "|---|---|---|---|---|",
+    ]  # fmt: skip
+    for f in sorted(found, key=lambda f: -abs(math.log(f["edgekd"])))[:15]:
+        lines.append(
+            f"| {f['network']} | {f['target']} | {f['precision']} | {f['measured_ms']:.3f} | "
+            f"{f['edgekd']:.2f} |"
+        )
+    lines += ["", *NOTES.read_text().splitlines()] if NOTES.exists() else []
+    write_atomically(ROOT / "docs" / "latency_model.md", "\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+NOTES = KEPT / "notes.md"
+
+
 def main() -> None:
     """Measure what is missing, or write the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--measure", choices=("profiled", "again", "test"))
+    parser.add_argument("--measure", choices=("profiled", "test"))
     parser.add_argument("--minutes", type=float, default=60, help="start no other after this")
     parser.add_argument("--raw", type=Path, default=ROOT / "runs" / "latency_model")
     options = parser.parse_args()
@@ -244,6 +406,8 @@ def main() -> None:
         import torchvision  # noqa: F401
 
         measure_all(options.measure, options.minutes, options.raw)
+    else:
+        write_tables()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Literal
 
 from edgekd.errors import TargetError, nearest
-from edgekd.latency.kernels import Kernel, by_place, of_tensor
+from edgekd.latency.kernels import TURN, Kernel, by_place, moves_channels, of_tensor
 from edgekd.latency.tracing import Dims, Op, alive, count_users
 from edgekd.target import QuantScheme
 
@@ -881,7 +881,7 @@ def _ov_norm(op: Op, chains: _Chains) -> None:
     mean = (*op.shape[:-1], 1)
     chains.kernels += [
         elementwise("Reduce", mean, op.size),
-        elementwise("Eltwise", op.shape, op.size + math.prod(mean)),
+        elementwise("Eltwise.rows", op.shape, op.size + math.prod(mean)),
         elementwise("Reorder", op.shape, op.size),
     ]
     chains.tensor(op, "RMS", op.size)
@@ -911,7 +911,8 @@ def _ov_permute(op: Op, chains: _Chains) -> None:
         attends = source.kind == "matmul" and source.inputs[0].kind == "softmax"
         if not (attends and chains.place is not None):
             return  # inside the attention
-    chains.tensor(op, "Transpose", op.size)
+    name = TURN if moves_channels(source.shape, op.shape) else "Transpose"
+    chains.tensor(op, name, op.size)
     if axes == TO_FIRST:
         chains.rows.add(id(op))
 

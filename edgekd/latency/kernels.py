@@ -127,6 +127,20 @@ def of_onnxruntime(node: RuntimeNode) -> Kernel:
     return of_tensor(op, inputs[0] if kind == "Split" else out, reads, writes)
 
 
+TURN = "Transpose.map"
+
+
+def moves_channels(before: Dims, after: Dims) -> bool:
+    """Whether a transposition takes a map's channels to its end or back, or shuffles them.
+
+    It reads or writes far apart, and is ten times slower than one that moves whole rows.
+    """
+    if len(before) == 5:
+        return after == (before[0], before[2], before[1], *before[3:])
+    n, *rest = before
+    return len(rest) == 3 and after in ((n, *rest[1:], rest[0]), (n, rest[2], *rest[:2]))
+
+
 def of_openvino(node: RuntimeNode) -> Kernel:
     """The kernel that this node is."""
     op = node.operator
@@ -145,6 +159,10 @@ def of_openvino(node: RuntimeNode) -> Kernel:
         fused = "+".join(filter(None, ["add" * adds, exp]))
         return Kernel(op, cin, channels, weight[-1], stride, groups, height, width, fused, reads,
                       math.prod(out))  # fmt: skip
+    if op == "Transpose" and moves_channels(node.inputs[0], out):
+        op = TURN
+    if op == "Eltwise" and node.inputs[-1] == (*out[:-1], 1) != out and math.prod(out[:-1]) > 1:
+        op = "Eltwise.rows"
     reads = sum(math.prod(i) for i in node.inputs if len(i) > 1 and i not in constants)
     writes = sum(map(math.prod, node.outputs))
     if op == "FullyConnected":

@@ -35,9 +35,11 @@ Array = NDArray[np.float64]
 LEAST_MS = 1e-4
 LEAST_NETWORKS = 5
 # how far apart two kernels may be, in each of `_features`, to still tell of each other
-LENGTHS = np.array([1.5, 1.5, 1.5, 1.0, 2.0, 1.5, 3.0, 2.0, 3.0, 1.0])
-SPREAD, NOISE = 0.1, 0.01  # variances of the logarithm
+LENGTHS = np.array([2.2, 2.2, 2.2, 1.5, 3.0, 2.2, 4.5, 3.0, 4.5, 1.5])
+SPREAD, NOISE = 0.3, 0.005  # variances of the logarithm
 FOLDS = 5
+# how firmly a network's calibration holds to its kernels' times, and to no rest for each kernel
+RIDGE, HELD = 0.2, 200.0
 # what networks reach of a device's peak: between all and a tenth of it, a third in the middle
 REACHED, WORST = 3.0, 10.0
 LAUNCH_MS = 0.005
@@ -281,7 +283,7 @@ class _Kernels:
 
 
 @dataclass(frozen=True)
-class _Network:
+class MeasuredNetwork:
     """A measured network: its kernels with the time of each, and its own."""
 
     name: str
@@ -304,7 +306,7 @@ class _Fit:
     errors: dict[str, float] = field(default_factory=dict)  # network left out -> estimate ÷ truth
 
     @staticmethod
-    def of(networks: Sequence[_Network], basis: str) -> _Fit:
+    def of(networks: Sequence[MeasuredNetwork], basis: str) -> _Fit:
         """Fit, and see what folds of networks that are left out tell."""
         networks = _without_clock(networks)
         errors: dict[str, float] = {}
@@ -329,7 +331,7 @@ class _Fit:
         )  # fmt: skip
 
 
-def _fit(networks: Sequence[_Network]) -> tuple[dict[str, _Kernels], Array]:
+def _fit(networks: Sequence[MeasuredNetwork]) -> tuple[dict[str, _Kernels], Array]:
     by_family: dict[str, dict[Kernel, list[float]]] = {}
     for net in networks:
         for kernel, ms in zip(net.kernels, net.times, strict=True):
@@ -347,9 +349,6 @@ def _fit(networks: Sequence[_Network]) -> tuple[dict[str, _Kernels], Array]:
     hold = np.diag([RIDGE**2] * len(GROUPS) + [HELD**2])
     shares = np.linalg.solve(rows.T @ rows + hold, rows.sum(axis=0) + hold @ start)
     return families, shares
-
-
-RIDGE, HELD = 0.3, 200.0
 
 
 def _shares(families: dict[str, _Kernels], kernels: Sequence[Kernel]) -> Array:
@@ -374,7 +373,7 @@ def _total(families: dict[str, _Kernels], shares: Array, kernels: Sequence[Kerne
     return max(float(_shares(families, kernels) @ shares), LEAST_MS)
 
 
-def _without_clock(networks: Sequence[_Network]) -> list[_Network]:
+def _without_clock(networks: Sequence[MeasuredNetwork]) -> list[MeasuredNetwork]:
     """Kernel times without what timing each costs, so that they sum to their network's.
 
     That cost is the same for each kernel: the one with which the sums fit the networks best.
@@ -418,7 +417,7 @@ def _whole(name: str, threads: int, *_: object) -> tuple[ProfileRow, ...]:
 def fit_rows(rows: Sequence[ProfileRow]) -> dict[Precision, _Fit]:
     """Fit each precision that at least LEAST_NETWORKS networks were measured in, by kernels."""
     found: dict[Precision, _Fit] = {}
-    for precision, networks in _measured(rows).items():
+    for precision, networks in measured_networks(rows).items():
         first = next(row for row in rows if row.precision == precision)
         found[precision] = _Fit.of(
             networks,
@@ -428,9 +427,9 @@ def fit_rows(rows: Sequence[ProfileRow]) -> dict[Precision, _Fit]:
     return found
 
 
-def _measured(rows: Sequence[ProfileRow]) -> dict[Precision, list[_Network]]:
+def measured_networks(rows: Sequence[ProfileRow]) -> dict[Precision, list[MeasuredNetwork]]:
     """Networks whose kernels were timed; a file that was measured again counts by its last row."""
-    found: dict[Precision, list[_Network]] = {}
+    found: dict[Precision, list[MeasuredNetwork]] = {}
     for precision in dict.fromkeys(row.precision for row in rows):
         totals: dict[str, ProfileRow] = {}
         kernels: dict[str, list[ProfileRow]] = {}
@@ -440,7 +439,7 @@ def _measured(rows: Sequence[ProfileRow]) -> dict[Precision, list[_Network]]:
             elif row.sha256 in kernels:
                 kernels[row.sha256].append(row)
         networks = [
-            _Network(
+            MeasuredNetwork(
                 row.network, [_kernel(k) for k in kernels[digest]],
                 np.array([k.p50_ms for k in kernels[digest]]), row.quiet_ms or row.p50_ms,
             )
@@ -454,7 +453,7 @@ def _measured(rows: Sequence[ProfileRow]) -> dict[Precision, list[_Network]]:
 def leave_one_out(rows: Sequence[ProfileRow]) -> dict[Precision, dict[str, float]]:
     """Of each precision, estimate ÷ measured of each network by a fit to all others."""
     found: dict[Precision, dict[str, float]] = {}
-    for precision, networks in _measured(rows).items():
+    for precision, networks in measured_networks(rows).items():
         cleaned = _without_clock(networks)
         found[precision] = {
             net.name: _total(*_fit([n for n in cleaned if n is not net]), net.kernels)

@@ -160,7 +160,7 @@ def test_what_is_not_known_is_said(home):
     net = nn.Conv2d(3, 8, 3)
     with pytest.raises(TargetError, match="run: edgekd calibrate --target raspberry-pi-5"):
         LatencyModel.load("raspberry-pi-5")
-    with pytest.raises(TargetError, match="jetson-nano runs .*, not int8"):
+    with pytest.raises(TargetError, match=r"jetson-nano runs .*, not int8"):
         LatencyModel.load("jetson-nano").estimate(net, "int8", [(3, 32, 32)])
     with pytest.raises(TargetError, match="needs input_shapes"):
         LatencyModel.load("jetson-nano").estimate(net, "fp16")
