@@ -104,18 +104,14 @@ def of_onnxruntime(node: RuntimeNode) -> Kernel:
     activation = str(a.get("activation", "")).lower()
     if op in CONVOLUTIONS:
         weight = next(c for c in constants if len(c) == 4)
-        adds = (
-            kind == "Conv"
-            and domain.endswith("nchwc")
-            and len([i for i in inputs if len(i) == 4]) > 2
-        )
+        # the map and its weight, and what is added
+        adds = op == "Conv.nchwc" and len([i for i in inputs if len(i) == 4]) > 2
         groups = int(a.get("group", 1))
         return Kernel(
             op, weight[1] * groups, channels, weight[2], a.get("strides", [1])[0], groups, height,
             width, "+".join(["add"] * adds + ([activation] if activation else [])), reads, writes,
         )  # fmt: skip
     if op in ("Gemm", "FusedGemm", "QGemm"):
-        weight = next(c for c in constants if len(c) == 2)
         return Kernel(op, inputs[0][-1], out[-1], height=out[0], fused=activation, reads=reads,
                       writes=writes)  # fmt: skip
     if op.endswith("MatMul"):

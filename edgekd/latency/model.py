@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -254,8 +254,9 @@ class _Kernels:
     """Times of one family of kernels: a physical part, and for products its efficiency."""
 
     shares: Array
-    shift: float
-    process: Any
+    shift: float = 0.0
+    seen: Array | None = None  # features of what was measured, in LENGTHS
+    weights: Array | None = None  # of each in the mean of the process
 
     @staticmethod
     def fit(kernels: Sequence[Kernel], times: Array) -> _Kernels:
@@ -264,20 +265,23 @@ class _Kernels:
         weights = 1 / (times + 0.001)  # below a microsecond the profile's clock is blind
         shares = nnls(parts * weights[:, None], times * weights)[0]
         if not kernels[0].macs or len(kernels) < 8:
-            return _Kernels(shares, 0.0, None)
+            return _Kernels(shares)
         from sklearn.gaussian_process import GaussianProcessRegressor
         from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
 
         rest = np.log(times / np.maximum(parts @ shares, LEAST_MS))
         near = ConstantKernel(SPREAD) * RBF(LENGTHS) + WhiteKernel(NOISE)
         process = GaussianProcessRegressor(near, optimizer=None)
-        process.fit(np.array([_features(k) for k in kernels]), rest - rest.mean())
-        return _Kernels(shares, float(rest.mean()), process)
+        seen = np.array([_features(k) for k in kernels])
+        process.fit(seen, rest - rest.mean())
+        return _Kernels(shares, float(rest.mean()), seen / LENGTHS, process.alpha_)
 
     def predict(self, kernels: Sequence[Kernel]) -> Array:
         found = np.maximum(np.array([_physical(k) for k in kernels]) @ self.shares, LEAST_MS)
-        if self.process is not None:
-            learnt = self.process.predict(np.array([_features(k) for k in kernels]))
+        if self.seen is not None:
+            here = np.array([_features(k) for k in kernels]) / LENGTHS
+            apart = ((here[:, None] - self.seen[None]) ** 2).sum(axis=2)
+            learnt = SPREAD * np.exp(-apart / 2) @ self.weights  # Rasmussen 2006 eq. 2.25
             found = found * np.exp(self.shift + learnt)
         return np.asarray(found)
 

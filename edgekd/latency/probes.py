@@ -97,7 +97,8 @@ class SqueezeExcite(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W)."""
-        return x * self.layers(x)
+        out: Tensor = x * self.layers(x)
+        return out
 
 
 class Attention(nn.Module):
@@ -279,7 +280,9 @@ def _depthwise(draw: random.Random) -> tuple[nn.Module, Shape]:
         if kind == "separable":
             return nn.Sequential(_conv(cin, cin, k, act(), stride, cin), _conv(cin, cout, 1, act()))
         wide = _eight(cin * draw.uniform(2, 6))
-        layers = [_conv(cin, wide, 1, act()), _conv(wide, wide, k, act(), stride, wide)]
+        layers: list[nn.Module] = [
+            _conv(cin, wide, 1, act()), _conv(wide, wide, k, act(), stride, wide),
+        ]  # fmt: skip
         if draw.random() < excites:
             gate = nn.Hardsigmoid() if act is nn.Hardswish else nn.Sigmoid()
             squeezed = _eight(draw.choice((cin, wide)) / 4)

@@ -194,4 +194,5 @@ def _undisturbed(times: Sequence[Sequence[float]]) -> NDArray[np.float64]:
     """
     runs = np.sort(np.asarray(times, dtype=np.float64), axis=1)
     count = runs.shape[1]
-    return runs[:, count // 30 : count // 30 + max(1, count // 6)].mean(axis=1)
+    quick: NDArray[np.float64] = runs[:, count // 30 : count // 30 + max(1, count // 6)]
+    return np.asarray(quick.mean(axis=1))

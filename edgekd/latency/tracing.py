@@ -6,6 +6,7 @@ here: PyTorch's own functions for them take up to a millisecond a convolution.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -100,8 +101,10 @@ def _same(x: Tensor, *_: Any, **__: Any) -> Sequence[int]:
 
 def _broadcast(x: Any, y: Any, *_: Any, **__: Any) -> Sequence[int]:
     if not (isinstance(x, Tensor) and isinstance(y, Tensor)):
-        return (x if isinstance(x, Tensor) else y).shape  # type: ignore[no-any-return]
-    return x.shape if x.shape == y.shape else torch.broadcast_shapes(x.shape, y.shape)
+        tensor: Tensor = x if isinstance(x, Tensor) else y
+        return tensor.shape
+    shapes = itertools.zip_longest(reversed(x.shape), reversed(y.shape), fillvalue=1)
+    return [max(a, b) if a and b else 0 for a, b in shapes][::-1]
 
 
 def _sides(
@@ -228,11 +231,11 @@ NAMES = {"native_batch_norm": "batch_norm", "_native_batch_norm_legit_no_trainin
          "native_group_norm": "group_norm"}  # fmt: skip
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch types it not
     """Keeps an Op of each call that depends on an input."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.ops: list[Op] = []
         self._made: dict[int, Op] = {}
         self._alive: list[Any] = []  # an id is one tensor's as long as that lives
