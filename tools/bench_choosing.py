@@ -95,7 +95,7 @@ def size(member: dict[str, Any]) -> int:
 def table(records: list[dict[str, Any]]) -> str:
     """Markdown."""
     rows = [
-        "| target | budget, ms (of the teacher) | chosen | rounds | ships | fresh, ms (of the budget) "
+        "| target | budget, ms (of the teacher) | chosen | rounds | ships | fresh, ms (share) "
         "| s | as wanted |",
         "|---|---|---|---|---|---|---|---|",
     ]
