@@ -40,7 +40,7 @@ from edgekd.latency.model import LatencyModel, MeasuredNetwork, measured_network
 from edgekd.latency.probes import ProbeKind, probe
 from edgekd.latency.profiles import read_profile
 from edgekd.latency.runtime_graph import runtime_nodes
-from edgekd.latency.tracing import Op, trace
+from edgekd.latency.tracing import Op, blank, trace
 from edgekd.runtimes.base import fingerprint, get_runtime
 from edgekd.target import Target
 
@@ -317,8 +317,12 @@ def evaluate(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def build_meta(name: str) -> tuple[nn.Module, tuple[int, ...]]:
     """The network without values."""
-    with torch.device("meta"):
+    try:
+        with torch.device("meta"):
+            module, shape = build(name)
+    except NotImplementedError:  # it reads values while it is built
         module, shape = build(name)
+        module = blank(module)
     return module.eval(), shape
 
 

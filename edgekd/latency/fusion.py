@@ -514,7 +514,7 @@ class Placement:
                 and self._quantized(op, self.kind(made))
             )  # fmt: skip
         if kind == "pass":
-            return self.gives_integers(op.inputs[0]) or True
+            return True
         if self.absorbed(op):
             return False
         return self._quantized(op, kind)
