@@ -13,7 +13,7 @@ import torch
 
 from edgekd.errors import TargetError
 from edgekd.latency.kernels import timed_kernels
-from edgekd.latency.measuring import Measurement, host_name, today
+from edgekd.latency.measuring import Clock, Measurement, host_name, today
 from edgekd.latency.model import LatencyModel, leave_one_out
 from edgekd.latency.probes import ProbeKind, probe
 from edgekd.latency.profiles import ProfileRow, append_rows, own_file, read_profile
@@ -180,11 +180,12 @@ def measure_here(
         for precision, path in by.items()
     }
     rows: list[ProfileRow] = []
-    for (name, precision), samples in time_quietly(calls).items():
+    clock: Clock = "cpu" if threads == 1 else "wall"
+    for (name, precision), samples in time_quietly(calls, clock).items():
         path = files[name][precision]
         nodes = runtime_nodes(target.runtime, path, threads)
         rows += rows_of(
-            name, precision, nodes, samples, target=target, threads=threads,
+            name, precision, nodes, samples, clock=clock, target=target, threads=threads,
             sha256=fingerprint(path)[0],
         )  # fmt: skip
     return rows
@@ -197,8 +198,8 @@ def one_run(session: Session) -> Callable[[], Arrays]:
     return lambda: session(inputs)
 
 
-def time_quietly(calls: Mapping[Key, Callable[[], object]]) -> dict[Key, list[float]]:
-    """ms of CPU time of each run, in turns, warmed up.
+def time_quietly(calls: Mapping[Key, Callable[[], object]], clock: Clock) -> dict[Key, list[float]]:
+    """ms of each run, in turns, warmed up.
 
     On a host that others use too, the median of CPU time is off by 2 to 10 %: whoever else ran
     took the caches. Its tenth percentile repeats within 0.6 % there.
@@ -207,6 +208,7 @@ def time_quietly(calls: Mapping[Key, Callable[[], object]]) -> dict[Key, list[fl
         began = time.monotonic()
         while time.monotonic() - began < 0.3:
             call()
+    now = time.process_time_ns if clock == "cpu" else time.perf_counter_ns
     samples: dict[Key, list[float]] = {key: [] for key in calls}
     began = time.monotonic()
     for turn in range(TURNS):
@@ -215,9 +217,9 @@ def time_quietly(calls: Mapping[Key, Callable[[], object]]) -> dict[Key, list[fl
         for key, call in calls.items():
             call()
             for _ in range(TURN_RUNS):
-                start = time.process_time_ns()
+                start = now()
                 call()
-                samples[key].append((time.process_time_ns() - start) / 1e6)
+                samples[key].append((now() - start) / 1e6)
     return samples
 
 
@@ -227,6 +229,7 @@ def rows_of(
     nodes: Sequence[RuntimeNode],
     samples: Sequence[float],
     *,
+    clock: Clock,
     target: Target,
     threads: int,
     sha256: str,
@@ -237,7 +240,7 @@ def rows_of(
     conditions = "batch 1, in turns; kernels in a profiled pass of their own"
     common = ProfileRow(
         kind="network", network=network, precision=precision, threads=threads, p50_ms=p50,
-        low_ms=low, high_ms=high, quiet_ms=p10, runs=len(samples), clock="cpu",
+        low_ms=low, high_ms=high, quiet_ms=p10, runs=len(samples), clock=clock,
         runtime=target.runtime, runtime_version=get_runtime(target.runtime).version(),
         host=host_name(), instruction_set=host_instruction_set(), conditions=conditions,
         date=today(), origin="host", sha256=sha256,

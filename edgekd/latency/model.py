@@ -82,12 +82,10 @@ class _Correction(NamedTuple):
 class LatencyModel:
     """Estimates for one target.
 
-        Example:
-            >>> import torch
-    from torch import nn
-            >>> model = LatencyModel.load("jetson-nano")
-            >>> model.estimate(nn.Conv2d(3, 8, 3), "fp16", [(3, 32, 32)]).method
-            'roofline'
+    Example:
+        >>> model = LatencyModel.load("jetson-nano")
+        >>> model.estimate(torch.nn.Conv2d(3, 8, 3), "fp16", [(3, 32, 32)]).method
+        'roofline'
     """
 
     target: Target
@@ -294,6 +292,7 @@ class MeasuredNetwork:
     kernels: list[Kernel]
     times: Array
     total_ms: float
+    origin: str = ""
 
 
 GROUPS = ("dense", "depthwise", "product", "other")
@@ -307,25 +306,23 @@ class _Fit:
     shares: Array  # of GROUPS, and ms for each kernel
     spread: float  # of the logarithm of a network's estimate: its 90 % interval's half width
     basis: str
-    errors: dict[str, float] = field(default_factory=dict)  # network left out -> estimate ÷ truth
 
     @staticmethod
     def of(networks: Sequence[MeasuredNetwork], basis: str) -> _Fit:
         """Fit, and see what folds of networks that are left out tell."""
         networks = _without_clock(networks)
-        errors: dict[str, float] = {}
-        if len(networks) >= LEAST_NETWORKS:
-            for fold in range(min(FOLDS, len(networks))):
-                rest = [n for i, n in enumerate(networks) if i % FOLDS != fold]
-                fitted = _fit(rest)
-                for index in range(fold, len(networks), FOLDS):
-                    net = networks[index]
-                    errors[net.name] = _total(*fitted, net.kernels) / net.total_ms
-        ranked = sorted(abs(math.log(e)) for e in errors.values())
+        off = []
+        for fold in range(FOLDS):
+            fitted = _fit([n for i, n in enumerate(networks) if i % FOLDS != fold])
+            off += [
+                abs(math.log(_total(*fitted, n.kernels) / n.total_ms))
+                for n in networks[fold::FOLDS]
+            ]
+        off.sort()
         # the conformal rank: Vovk et al. 2005; with fewer than ten networks, twice the largest
-        rank = math.ceil(0.9 * (len(ranked) + 1))
-        spread = ranked[rank - 1] if 0 < rank <= len(ranked) else 2 * max(ranked, default=0.35)
-        return _Fit(*_fit(networks), spread, basis, errors)
+        rank = math.ceil(0.9 * (len(off) + 1))
+        spread = off[rank - 1] if rank <= len(off) else 2 * off[-1]
+        return _Fit(*_fit(networks), spread, basis)
 
     def estimate(self, kernels: Sequence[Kernel]) -> Estimate:
         ms = _total(self.families, self.shares, kernels)
@@ -422,36 +419,42 @@ def fit_rows(rows: Sequence[ProfileRow]) -> dict[Precision, _Fit]:
     """Fit each precision that at least LEAST_NETWORKS networks were measured in, by kernels."""
     found: dict[Precision, _Fit] = {}
     for precision, networks in measured_networks(rows).items():
-        first = next(row for row in rows if row.precision == precision)
+        count = sum(len(n.kernels) for n in networks)
         found[precision] = _Fit.of(
-            networks,
-            f"{sum(len(n.kernels) for n in networks)} kernels of {len(networks)} networks on "
-            f"{first.host}, {first.runtime} {first.runtime_version}, {first.date}",
+            networks, f"{count} kernels of {len(networks)} networks on {networks[-1].origin}"
         )
     return found
 
 
 def measured_networks(rows: Sequence[ProfileRow]) -> dict[Precision, list[MeasuredNetwork]]:
-    """Networks whose kernels were timed; a file that was measured again counts by its last row."""
+    """Networks whose kernels were timed, on the host that measured enough of them last.
+
+    A network that was measured again there counts by its last rows.
+    """
     found: dict[Precision, list[MeasuredNetwork]] = {}
     for precision in dict.fromkeys(row.precision for row in rows):
-        totals: dict[str, ProfileRow] = {}
-        kernels: dict[str, list[ProfileRow]] = {}
+        by_host: dict[str, dict[str, tuple[ProfileRow, list[ProfileRow]]]] = {}
         for row in (r for r in rows if r.precision == precision):
+            networks = by_host.pop(row.host, {})
+            by_host[row.host] = networks  # the last comes last
             if row.kind == "network":
-                totals[row.sha256], kernels[row.sha256] = row, []
-            elif row.sha256 in kernels:
-                kernels[row.sha256].append(row)
-        networks = [
-            MeasuredNetwork(
-                row.network, [_kernel(k) for k in kernels[digest]],
-                np.array([k.p50_ms for k in kernels[digest]]), row.quiet_ms or row.p50_ms,
-            )
-            for digest, row in totals.items() if kernels[digest]
-        ]  # fmt: skip
-        if len(networks) >= LEAST_NETWORKS:
-            found[precision] = networks
+                networks[row.network] = row, []
+            elif row.network in networks:
+                networks[row.network][1].append(row)
+        for networks in reversed(by_host.values()):
+            timed = [_network(*measured) for measured in networks.values() if measured[1]]
+            if len(timed) >= LEAST_NETWORKS:
+                found[precision] = timed
+                break
     return found
+
+
+def _network(whole: ProfileRow, kernels: Sequence[ProfileRow]) -> MeasuredNetwork:
+    return MeasuredNetwork(
+        whole.network, [_kernel(k) for k in kernels], np.array([k.p50_ms for k in kernels]),
+        whole.quiet_ms or whole.p50_ms,
+        f"{whole.host}, {whole.runtime} {whole.runtime_version}, {whole.date}",
+    )  # fmt: skip
 
 
 def leave_one_out(rows: Sequence[ProfileRow]) -> dict[Precision, dict[str, float]]:

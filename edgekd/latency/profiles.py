@@ -36,8 +36,8 @@ class ProfileRow(BaseModel):
         macs: multiply-accumulates.
         p50_ms, low_ms, high_ms: the median and its 95 % interval. Of a kernel: its mean over the
             network's quickest runs, without an interval.
-        quiet_ms: of a network, the tenth percentile of the process' CPU time: what is left of the
-            median on a host with nothing else to do.
+        quiet_ms: of a network, the tenth percentile, by `clock`: about the median of a host with
+            nothing else to do.
         runs: timed.
         clock: see `Measurement`.
         host: the machine.

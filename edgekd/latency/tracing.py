@@ -225,8 +225,8 @@ IN_PLACE = {
 }  # fmt: skip
 NAMES = {"native_batch_norm": "batch_norm", "_native_batch_norm_legit_no_training": "batch_norm",
          "native_layer_norm": "layer_norm", "max_pool2d_with_indices": "max_pool2d",
-         "_unsafe_view": "view", "addmm": "linear", "mm": "linear", "_softmax": "softmax",
-         "_safe_softmax": "softmax", "hardtanh": "clamp",
+         "split_with_sizes": "split", "_unsafe_view": "view", "addmm": "linear", "mm": "linear",
+         "_softmax": "softmax", "_safe_softmax": "softmax", "hardtanh": "clamp",
          "_adaptive_avg_pool2d": "adaptive_avg_pool2d",
          "native_group_norm": "group_norm"}  # fmt: skip
 
@@ -343,7 +343,7 @@ def _options(name: str, args: Any, kwargs: Any) -> tuple[dict[str, Any], Dims]:
     if name == "cat":
         axis = args[1] if len(args) > 1 else 0
         return {"axis": axis % args[0][0].dim()}, ()
-    if name in ("split", "split_with_sizes", "unbind", "select", "slice", "softmax", "chunk"):
+    if name in ("split", "unbind", "select", "slice", "softmax", "chunk"):
         place = 1 if name in ("unbind", "select", "slice", "softmax") else 2
         axis = args[place] if len(args) > place else 0
         found = {"axis": axis % args[0].dim()}

@@ -24,9 +24,7 @@ from edgekd.target import Target
 def networks() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
     return {
         "residual, pruned": (resnet(num_classes=10, widths=(24, 40), depths=(1, 2)), (3, 32, 32)),
-        "dense": probe("dense", 5),
         "squeeze-excite": probe("depthwise", 0),
-        "shuffle": probe("depthwise", 5),
         "attention": probe("transformer", 3),
     }
 
@@ -35,7 +33,6 @@ def networks() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
 # integers it has a transposition more in the first of the blocks
 KNOWN = {
     ("attention", "intel-cpu"): {"Eltwise", "Transpose"},
-    ("shuffle", "intel-cpu"): {"FakeQuantize"},
 }
 
 

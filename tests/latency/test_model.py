@@ -143,6 +143,18 @@ def test_a_new_row_is_seen(home):
     assert after == pytest.approx(2 * before, rel=0.1)
 
 
+def test_another_hosts_rows_are_not_mixed_in(home):
+    target = Target.load("host-onnxruntime")
+    mine = [row.model_copy(update={"host": "mine"}) for row in rows(target, slower=2.0)]
+    append_rows(own_file(target), rows(target))
+    net = Network(resnet(num_classes=4), torch.zeros(1, 3, 32, 32))
+    theirs = LatencyModel.load(target).estimate(net, "fp32")
+    append_rows(own_file(target), mine)
+    found = LatencyModel.load(target).estimate(net, "fp32")
+    assert found.p50_ms == pytest.approx(2 * theirs.p50_ms, rel=0.1)
+    assert "on mine" in found.basis and "on made up" in theirs.basis
+
+
 def test_a_device_never_measured_is_bounded_by_its_peak(home):
     target = Target.load("jetson-nano")
     net = nn.Conv2d(64, 64, 3, padding=1, bias=False)

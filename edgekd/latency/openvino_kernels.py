@@ -1,0 +1,265 @@
+"""The kernels of OpenVINO's CPU plugin: its fusions and layouts, as rules.
+
+Found by reading the graphs that OpenVINO 2026.4 executes on x86 with AVX-512, and checked against
+them by tests.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from edgekd.latency.exported import (
+    NAMES,
+    TO_FIRST,
+    TO_LAST,
+    Placement,
+    activation,
+    convolution,
+    elementwise,
+    is_spatial_mean,
+    plain_kernel,
+)
+from edgekd.latency.kernels import TURN, Kernel, moves_channels, of_tensor
+from edgekd.latency.tracing import Op
+from edgekd.target import QuantScheme
+
+OPENVINO = {
+    "linear": "FullyConnected", "matmul": "MatMul", "scaled": "MatMul", "max_pool2d": "Pooling",
+    "avg_pool2d": "Pooling", "softmax": "Softmax", "layer_norm": "MVN", "group_norm": "MVN",
+    "mean": "Reduce", "sum": "Reduce", "transpose": "Transpose", "permute": "Transpose",
+    "cat": "Concatenation", "split": "Split", "slice": "StridedSlice", "batch_norm": "Eltwise",
+    "addcmul": "Eltwise", "clamp_min": "Eltwise", "view": "", "unsqueeze": "", "squeeze": "",
+    "part": "", "select": "", "input": "", "output": "", "constant": "",
+}  # fmt: skip
+SLOW = {"quickgelu", "gelu", "sigmoid", "tanh", "mish", "elu"}  # with an exponential in them
+
+
+class _Chains:
+    """OpenVINO's CPU plugin: what stands behind a convolution or a linear layer runs inside it."""
+
+    def __init__(self, ops: Sequence[Op], scheme: QuantScheme | None) -> None:
+        self.place = None if scheme is None else Placement(ops, scheme)
+        self.kernels: list[Kernel] = []
+        self.open: dict[int, int] = {}  # value -> place of the kernel that still takes more along
+        self.rows: set[int] = set()  # maps that lie channels first
+        self.turned: set[tuple[int, bool]] = set()
+        self.quantized: set[int] = set()
+        self.shuffled: set[int] = set()
+        for op in ops:
+            RULE.get(op.kind, _other)(op, self)
+
+    def integer(self, op: Op) -> bool:
+        return self.place is not None and self.place.gives_integers(op)
+
+    def emit(self, op: Op, kernel: Kernel) -> None:
+        self.open[id(op)] = len(self.kernels)
+        self.kernels.append(kernel)
+
+    def tensor(self, op: Op, name: str, reads: int) -> None:
+        self.emit(op, of_tensor(name, op.shape, reads, op.size))
+
+    def take(self, source: Op, op: Op, what: str) -> bool:
+        """`op` runs inside the kernel of `source`, which nothing else reads."""
+        place = self.open.get(id(source))
+        if place is None or len(source.users) > 1:
+            return False
+        kernel = self.kernels[place]
+        taken = [t for t in kernel.fused.split("+") if t]
+        if what == "add":
+            if kernel.op != "Convolution" or "add" in taken:
+                return False
+            kernel = kernel._replace(reads=kernel.reads + op.size)
+        if what and what not in taken and kernel.op in ("Convolution", "FullyConnected"):
+            kernel = kernel._replace(fused="+".join(sorted([*taken, what])))
+        self.kernels[place] = kernel
+        self.open[id(op)] = place
+        if id(source) in self.rows:
+            self.rows.add(id(op))
+        return True
+
+    def lay(self, source: Op, rows: bool) -> None:
+        """Reorder a map to channels first (`rows`) or last, once."""
+        if len(source.shape) != 4 or (id(source) in self.rows) == rows:
+            return
+        if (id(source), rows) not in self.turned and source.kind != "constant":
+            self.turned.add((id(source), rows))
+            self.kernels.append(elementwise("Reorder", source.shape, source.size))
+
+    def quantize(self, source: Op) -> None:
+        """A quantizer where no kernel before gives integers."""
+        if self.place is None or id(source) in self.quantized or self.integer(source):
+            return
+        self.quantized.add(id(source))
+        if source.kind == "input":
+            self.kernels.append(elementwise("FakeQuantize", source.shape, source.size))
+
+
+def _other(op: Op, chains: _Chains) -> None:
+    reads = sum(i.size for i in op.inputs if i.kind != "constant")
+    if op.kind == "input":
+        chains.rows.add(id(op))
+        return
+    if op.kind in ("linear", "matmul", "max_pool2d", "avg_pool2d"):
+        for source in op.inputs:
+            chains.lay(source, False)
+        for kernel in plain_kernel(op, OPENVINO):
+            chains.emit(op, kernel._replace(kernel=1, stride=1) if "pool" in op.kind else kernel)
+        return
+    name = OPENVINO.get(op.kind, op.kind)
+    if op.kind in ("view", "select", "squeeze", "unsqueeze") and op.inputs:
+        chains.lay(op.inputs[0], True)
+        chains.rows.add(id(op))
+        if id(op.inputs[0]) in chains.open and len(op.inputs[0].users) == 1:
+            place = chains.open[id(op.inputs[0])]
+            if chains.kernels[place].op == "FullyConnected" and chains.place is None:
+                chains.open[id(op)] = place
+        return
+    if op.kind in ("part",):
+        if id(op.inputs[0]) in chains.rows:
+            chains.rows.add(id(op))
+        return
+    if op.kind == "cat":
+        for constant in (i for i in op.inputs if i.kind == "constant"):
+            chains.kernels.append(elementwise("Eltwise", constant.shape, constant.size + 1))
+    if name:
+        chains.tensor(op, name, reads)
+
+
+def _ov_convolution(op: Op, chains: _Chains) -> None:
+    source = op.inputs[0]
+    chains.quantize(source)
+    chains.lay(source, False)
+    chains.emit(op, convolution(op, "Convolution", source.shape[1], op.shape[1]))
+
+
+def _ov_activation(op: Op, chains: _Chains) -> None:
+    source, kind = op.inputs[0], activation(op)
+    if not chains.take(source, op, "exp" if kind in SLOW else ""):
+        chains.tensor(op, "Eltwise", op.size)
+
+
+def _ov_binary(op: Op, chains: _Chains) -> None:
+    if op.kind == "mul" and any(i.kind == "constant" for i in op.inputs):
+        (source,) = (i for i in op.inputs if i.kind != "constant")
+        if chains.take(source, op, ""):
+            return
+    if op.kind == "add" and all(i.kind != "constant" for i in op.inputs):
+        for term in op.inputs:
+            if chains.take(term, op, "add"):
+                return
+    reads = sum(i.size for i in op.inputs if i.kind != "constant")
+    chains.tensor(op, "Eltwise", reads)
+
+
+def _ov_norm(op: Op, chains: _Chains) -> None:
+    if len(op.shape) != 4:
+        if chains.integer(op.inputs[0]):
+            chains.kernels.append(elementwise("Eltwise", op.shape, op.size))
+        chains.tensor(op, "MVN", op.size)
+        return
+    mean = (*op.shape[:-1], 1)
+    chains.kernels += [
+        elementwise("Reduce", mean, op.size),
+        elementwise("Eltwise.rows", op.shape, op.size + math.prod(mean)),
+        elementwise("Reorder", op.shape, op.size),
+    ]
+    chains.tensor(op, "RMS", op.size)
+    if chains.place is not None and any(chains.place.kind(u) for u in op.users):
+        chains.kernels.append(elementwise("FakeQuantize", op.shape, op.size))
+
+
+def _ov_mean(op: Op, chains: _Chains) -> None:
+    source = op.inputs[0]
+    if not is_spatial_mean(op):
+        chains.tensor(op, "Reduce", source.size)
+        return
+    chains.lay(source, False)
+    shape = (1, source.shape[1], 1, 1)
+    chains.emit(op, of_tensor("Reduce", shape, source.size, source.shape[1]))
+    if not op.options["keepdim"]:
+        chains.kernels.append(elementwise("Reorder", shape, op.size))
+
+
+def _ov_permute(op: Op, chains: _Chains) -> None:
+    source, axes = op.inputs[0], op.options["axes"]
+    if id(op) in chains.shuffled:
+        return
+    if len(op.shape) != 4 or axes not in (TO_FIRST, TO_LAST):
+        chains.rows.add(id(op))
+    if all(u.kind == "matmul" for u in op.users) or source.kind == "matmul":
+        attends = source.kind == "matmul" and source.inputs[0].kind == "softmax"
+        if not (attends and chains.place is not None):
+            return  # inside the attention
+    name = TURN if moves_channels(source.shape, op.shape) else "Transpose"
+    chains.tensor(op, name, op.size)
+    if axes == TO_FIRST:
+        chains.rows.add(id(op))
+
+
+def _ov_unbind(op: Op, chains: _Chains) -> None:
+    chains.kernels.append(elementwise("Split", op.inputs[0].shape, op.inputs[0].size))
+
+
+def _ov_matmul(op: Op, chains: _Chains) -> None:
+    first = op.inputs[0]
+    chains.rows.add(id(op))
+    if first.kind == "softmax":
+        return  # with the product before it
+    if len(op.users) == 1 and op.users[0].kind == "softmax":
+        integer = chains.place is not None
+        for _ in range(3 if integer else 1):
+            chains.kernels.append(elementwise("Eltwise", first.shape, first.size))
+        batch, rows = math.prod(op.shape[:-2]), op.shape[-2]
+        chains.emit(op, Kernel("Subgraph", 2 * first.shape[-1], op.shape[-1], groups=batch,
+                               height=rows, reads=3 * first.size, writes=first.size))  # fmt: skip
+        return
+    _other(op, chains)
+
+
+def _ov_shuffle(op: Op, chains: _Chains) -> None:
+    """A view into groups, their transposition, and the view back."""
+    turn = op.users[0] if len(op.users) == 1 else op
+    shuffles = len(op.shape) == 5 and turn.options.get("axes") == (0, 2, 1, 3, 4)
+    if shuffles and chains.place is None:
+        chains.tensor(turn, "ShuffleChannels", op.size)
+        chains.shuffled |= {id(turn), *map(id, turn.users)}
+    elif id(op) not in chains.shuffled:
+        _other(op, chains)
+
+
+RULE: dict[str, Callable[[Op, _Chains], None]] = {
+    "convolution": _ov_convolution, "view": _ov_shuffle, "add": _ov_binary, "mul": _ov_binary,
+    "sub": _ov_binary, "div": _ov_binary, "layer_norm": _ov_norm, "mean": _ov_mean,
+    "permute": _ov_permute, "transpose": _ov_permute,
+    "unbind": _ov_unbind, "matmul": _ov_matmul, "softmax": lambda op, chains: (
+        None if op.inputs[0].kind == "matmul" else _other(op, chains)
+    ),
+    **dict.fromkeys(NAMES, _ov_activation),
+}  # fmt: skip
+
+
+def _move_strides(ops: Sequence[Op]) -> None:
+    """A strided 1×1 convolution reads one pixel of four: the layer before computes no others."""
+    for op in reversed(ops):
+        if op.kind != "convolution" or op.weight[2:] != (1, 1) or max(op.options["stride"]) == 1:
+            continue
+        chain, source = [op], op.inputs[0]
+        while activation(source) and len(source.users) == 1:
+            chain.append(source)
+            source = source.inputs[0]
+        if source.kind == "convolution" and len(source.users) == 1:
+            step = op.options["stride"]
+            source.options["stride"] = tuple(
+                a * b for a, b in zip(source.options["stride"], step, strict=True)
+            )
+            op.options["stride"] = (1, 1)
+            for moved in (*chain[1:], source):
+                moved.shape = (*moved.shape[:2], *op.shape[2:])
+
+
+def openvino_kernels(ops: Sequence[Op], scheme: QuantScheme | None) -> list[Kernel]:
+    """Of OpenVINO's CPU plugin, x86, in FP32 or INT8."""
+    if scheme is None:
+        _move_strides(ops)
+    return _Chains(ops, scheme).kernels

@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import pytest
+
+from edgekd.errors import TargetError
+from edgekd.latency import calibrate as module
+from edgekd.latency import runtime_graph
+from edgekd.latency.calibrate import calibrate, median_interval, time_quietly
+from edgekd.latency.profiles import own_file, read_profile
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("EDGEKD_HOME", str(tmp_path))
+    monkeypatch.setattr("edgekd.latency.profiles.data_folders", lambda kind: [tmp_path / kind])
+    monkeypatch.setattr(module, "PROBES", (("transformer", 3), ("dense", 5)))
+    monkeypatch.setattr(runtime_graph, "RUNS", 6)
+    return tmp_path
+
+
+def test_it_goes_on_where_it_was_broken_off(home, monkeypatch):
+    measured = []
+    whole = module.measure_here
+
+    def interrupted(files, target, threads):
+        if measured:
+            raise KeyboardInterrupt
+        measured.append(files)
+        return whole(files, target, threads)
+
+    monkeypatch.setattr(module, "measure_here", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate("host-onnxruntime")
+    rows = read_profile("host-onnxruntime")
+    networks = [row for row in rows if row.kind == "network"]
+    assert [(r.network, r.precision) for r in networks] == [
+        ("transformer-3", "fp32"), ("transformer-3", "int8"),
+    ]  # fmt: skip
+    for row in networks:
+        assert row.low_ms <= row.p50_ms <= row.high_ms
+        assert row.quiet_ms <= row.p50_ms
+        assert (row.origin, row.threads, row.clock) == ("host", 1, "cpu")
+        assert sum(r.kind == "kernel" and r.sha256 == row.sha256 for r in rows) > 100
+    monkeypatch.setattr(module, "measure_here", lambda *_: [])
+    assert calibrate("host-onnxruntime").measured == 1
+    assert not list(own_file("host-onnxruntime").parent.rglob("*.onnx"))
+    monkeypatch.setattr(module, "export_probe", None)  # nothing is exported once the time is up
+    assert calibrate("host-onnxruntime", minutes=-1).wanted == 2
+
+
+def test_what_cannot_be_measured_is_said_first(home):
+    with pytest.raises(TargetError, match="jetson-nano is not this host"):
+        calibrate("jetson-nano")
+    with pytest.raises(TargetError, match="raspberry-pi-5: no network was measured"):
+        calibrate("host-onnxruntime", related="raspberry-pi-5")
+
+
+def test_turns_and_the_medians_interval():
+    order: list[str] = []
+    calls = {name: lambda name=name: order.append(name) for name in ("a", "b")}
+    samples = time_quietly(calls, "wall")
+    assert len(samples["a"]) == len(samples["b"]) == module.TURN_RUNS * module.TURNS
+    late = "".join(order[-2 * (module.TURN_RUNS + 1) :])
+    assert late == "a" * (module.TURN_RUNS + 1) + "b" * (module.TURN_RUNS + 1)
+    # of 100 values the 95 % interval of the median is from the 40th to the 61st: any table of
+    # binomial order statistics (Conover 1999, table A3)
+    low, high = median_interval([float(i) for i in range(1, 101)])
+    assert 40 <= low <= 42 and 60 <= high <= 61
