@@ -46,6 +46,7 @@ except ImportError:
 else:
     NATIVE = ("host-onnxruntime", "intel-cpu")
 EMULATED = "android-arm64"
+NANO = "jetson-nano"  # emulated too, with peak figures for a roofline
 VERBS = ("distill", "quantize", "export", "verify", "profile_together")
 TRAINED = ("teacher", "distill", "quantize")
 
@@ -188,7 +189,7 @@ def cheap_export(net: Network, *, target: Target, out: Path, examples: Any = Non
     digest = hashlib.sha256(b"".join(t.detach().numpy().tobytes() for t in net.state().values()))
     Path(out).mkdir(exist_ok=True)
     (out / "model.bin").write_bytes(digest.digest())
-    precision = "fp32" if net.scheme is None else "int8"
+    precision = target.float_precision if net.scheme is None else "int8"
     return Artifact.of(out / "model.bin", target=target, precision=precision, versions={})
 
 
@@ -338,14 +339,14 @@ def test_a_budget_out_of_reach_ends_before_any_training(project, tmp_path, calls
 
 def test_what_is_not_measured_is_not_within_a_budget(project, tmp_path, calls):
     """An estimate chooses; `require_measured` makes it fail."""
-    recipe = budgeted(project, "1s", targets=(EMULATED,))
+    recipe = budgeted(project, "1s", targets=(NANO,))
     report = pipeline.run(recipe, out=tmp_path)
     (budget,) = report.budgets
     assert (budget.measured_ms, budget.within_budget) == (None, None)
     assert "edgekd profile --import measurement.json" in budget.summary
     assert report.passed and report.choice is not None and report.choice.rounds == ()
     strict = budgeted(
-        project, "1s", "budget.require_measured=true", targets=(EMULATED,)
+        project, "1s", "budget.require_measured=true", targets=(NANO,)
     )  # fmt: skip
     assert not pipeline.run(strict, out=tmp_path).passed
 
@@ -358,7 +359,7 @@ def test_a_measurement_by_hand_decides_and_corrects_the_choice(
         (tmp_path / "home").mkdir(exist_ok=True)
         (tmp_path / "home" / name).symlink_to(project / name)
     monkeypatch.setenv("EDGEKD_HOME", str(tmp_path / "home"))
-    recipe = budgeted(project, "50ms", targets=(EMULATED,))
+    recipe = budgeted(project, "50ms", targets=(NANO,))
     first = pipeline.run(recipe, out=tmp_path)
     (budget,) = first.budgets
     assert budget.within_budget is None
@@ -367,7 +368,7 @@ def test_a_measurement_by_hand_decides_and_corrects_the_choice(
 
     def by_hand(ms: float) -> None:
         raw = {
-            "format": 1, "target": EMULATED, "runtime": "onnxruntime", "runtime_version": "1.31",
+            "format": 1, "target": NANO, "runtime": "tensorrt", "runtime_version": "8.2",
             "threads": 1, "clock": "wall", "date": "2026-01-01", "conditions": {},
             "machine": {"node": "phone", "machine": "aarch64"}, "precision": ships.precision,
             "network": Network.load(student, trust=True).architecture,

@@ -323,7 +323,7 @@ def test_the_file_says_what_it_is(artifact: Artifact, trained: Network, scheme: 
     assert metadata["edgekd.target"] == "host-onnxruntime"
     assert json.loads(metadata["edgekd.labels"]) == list(trained.io.labels)
     assert json.loads(metadata["edgekd.preprocessing"]) == {
-        "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25],
+        "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "fit": "crop",
     }  # fmt: skip
     tools = json.loads(metadata["edgekd.tools"])
     assert tools.pop("torch") == torch.__version__  # with its build
