@@ -68,7 +68,7 @@ def test_a_missing_file_gets_the_nearest_shipped_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RecipeError, match="'fashion-mnst'; did you mean 'fashion-mnist'"):
         Recipe.load("fashion-mnst")
-    with pytest.raises(RecipeError, match="no recipe 'zzz'; there are: fashion-mnist, "):
+    with pytest.raises(RecipeError, match="no recipe 'zzz'; there are: bccd, fashion-mnist, "):
         Recipe.load("zzz")
     with pytest.raises(RecipeError, match=r"no recipe '\.\./recipes/fashion-mnist'"):
         Recipe.load("../recipes/fashion-mnist")
