@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -111,7 +112,9 @@ def calibrate(
     missing = [m for m in missing if m[2]]
     began = time.monotonic()
     work = own_file(target).parent / "work" / target.name
-    with Progress("calibrating", len(probes), done=len(probes) - len(missing)) as progress:
+    progress = Progress("calibrating", len(probes), done=len(probes) - len(missing))
+    # a terminal shows one bar at a time, and a link has its own
+    with progress if here else nullcontext():
         for kind, seed, wanted in missing:
             if time.monotonic() - began > 60 * minutes:
                 console.print(f"calibrate: {minutes:g} minutes are over; the next call goes on")
