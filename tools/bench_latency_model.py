@@ -339,8 +339,8 @@ def write_tables() -> None:
         f"{records[0]['date']}, fitted to the 20 networks of the shipped profiles.",
         "",
         "A figure is the mean error and the share within ±10 %. What is estimated is the tenth "
-        "percentile of the process' CPU time: the host ran other jobs, and its median is off by "
-        "more than the model. A network that is timed in the same turns each time corrects for "
+        "percentile of the process' CPU time: the host ran other jobs now and then, and its "
+        "median is off by as much as the model. A network that is timed in the same turns each time corrects for "
         "what the host did meanwhile; the last line of each block has those networks only whose "
         f"reference was within {STEADY - 1:.0%} of its least.",
         "",

@@ -8,6 +8,7 @@ costs time itself, and each alone.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -38,8 +39,11 @@ LEAST_NETWORKS = 5
 LENGTHS = np.array([2.2, 2.2, 2.2, 1.5, 3.0, 2.2, 4.5, 3.0, 4.5, 1.5])
 SPREAD, NOISE = 0.3, 0.005  # variances of the logarithm
 FOLDS = 5
-# how firmly a network's calibration holds to its kernels' times, and to no rest for each kernel
-RIDGE, HELD = 0.2, 200.0
+# what timing a kernel, and what running a network at all may cost
+CLOCK_MS, ONCE_MS = np.arange(0, 0.006, 0.00025), np.arange(0, 0.2, 0.01)
+# how firmly a network's calibration holds to its kernels' times, to no rest for each kernel, and to
+# the rest of each network
+RIDGE, HELD, HELD_ONCE = 0.2, 200.0, 5.0
 # what networks reach of a device's peak: between all and a tenth of it, a third in the middle
 REACHED, WORST = 3.0, 10.0
 LAUNCH_MS = 0.005
@@ -238,7 +242,7 @@ def _features(kernel: Kernel) -> list[float]:
         math.log2(inner), math.log2(kernel.cout), math.log2(kernel.height * kernel.width),
         math.log2(kernel.kernel), float(kernel.stride > 1), math.log2(kernel.groups),
         float("add" in kernel.fused), float("exp" in kernel.fused or "swish" in kernel.fused),
-        float(kernel.cout % 16 != 0), float(kernel.op in ("Conv", "Gemm")),
+        float(kernel.cout % 16 != 0), float(kernel.op in ("Conv", "FusedConv", "Gemm")),
     ]  # fmt: skip
 
 
@@ -293,6 +297,7 @@ class MeasuredNetwork:
     times: Array
     total_ms: float
     origin: str = ""
+    once_ms: float = 0.0  # of its total, besides the kernels
 
 
 GROUPS = ("dense", "depthwise", "product", "other")
@@ -303,7 +308,7 @@ class _Fit:
     """Everything learnt about one precision."""
 
     families: dict[str, _Kernels]
-    shares: Array  # of GROUPS, and ms for each kernel
+    shares: Array  # of GROUPS; ms for each kernel, and once
     spread: float  # of the logarithm of a network's estimate: its 90 % interval's half width
     basis: str
 
@@ -346,15 +351,15 @@ def _fit(networks: Sequence[MeasuredNetwork]) -> tuple[dict[str, _Kernels], Arra
     rows = np.array([_shares(families, n.kernels) for n in networks])
     rows /= np.array([[n.total_ms] for n in networks])
     # ridge towards the kernels' own times: 20 networks tell little of five factors
-    start = np.array([1.0] * len(GROUPS) + [0.0])
-    hold = np.diag([RIDGE**2] * len(GROUPS) + [HELD**2])
+    start = np.array([1.0] * len(GROUPS) + [0.0, networks[0].once_ms])
+    hold = np.diag([RIDGE**2] * len(GROUPS) + [HELD**2, HELD_ONCE**2])
     shares = np.linalg.solve(rows.T @ rows + hold, rows.sum(axis=0) + hold @ start)
     return families, shares
 
 
 def _shares(families: dict[str, _Kernels], kernels: Sequence[Kernel]) -> Array:
-    """ms in each of GROUPS, and the number of kernels."""
-    found = np.zeros(len(GROUPS) + 1)
+    """ms in each of GROUPS, the number of kernels, and of networks."""
+    found = np.zeros(len(GROUPS) + 2)
     by_family: dict[str, list[Kernel]] = {}
     for kernel in kernels:
         by_family.setdefault(_family(kernel), []).append(kernel)
@@ -366,7 +371,7 @@ def _shares(families: dict[str, _Kernels], kernels: Sequence[Kernel]) -> Array:
             group = GROUPS.index("other")
         near = families.get(name) or families.get(GROUPS[group]) or families["other"]
         found[group] += near.predict(same).sum()
-    found[-1] = len(kernels)
+    found[-2:] = len(kernels), 1.0
     return found
 
 
@@ -375,23 +380,25 @@ def _total(families: dict[str, _Kernels], shares: Array, kernels: Sequence[Kerne
 
 
 def _without_clock(networks: Sequence[MeasuredNetwork]) -> list[MeasuredNetwork]:
-    """Kernel times without what timing each costs, so that they sum to their network's.
+    """Kernel times without what timing each costs, and what a run costs besides its kernels.
 
-    That cost is the same for each kernel: the one with which the sums fit the networks best.
+    Both are the same for all: those with which the sums fit the networks best. What a network's
+    kernels then sum to is scaled to what is left of its time.
     """
+    most = min(ONCE_MS[-1], min(n.total_ms for n in networks) / 2)
 
-    def scales(cost: float) -> Array:
+    def scales(cost: float, once: float) -> Array:
         sums = [np.maximum(n.times - cost, LEAST_MS).sum() for n in networks]
-        return np.log([n.total_ms / s for n, s in zip(networks, sums, strict=True)])
+        return np.log([(n.total_ms - once) / s for n, s in zip(networks, sums, strict=True)])
 
-    def misfit(cost: float) -> float:
-        found = scales(cost)
+    def misfit(costs: tuple[float, float]) -> float:
+        found = scales(*costs)
         return float(np.abs(found - np.median(found)).mean())
 
-    cost = min(np.arange(0, 0.008, 0.00025), key=misfit)
+    cost, once = min(itertools.product(CLOCK_MS, ONCE_MS[most >= ONCE_MS]), key=misfit)
     return [
-        replace(n, times=np.maximum(n.times - cost, LEAST_MS) * math.exp(scale))
-        for n, scale in zip(networks, scales(cost), strict=True)
+        replace(n, times=np.maximum(n.times - cost, LEAST_MS) * math.exp(scale), once_ms=once)
+        for n, scale in zip(networks, scales(cost, once), strict=True)
     ]
 
 

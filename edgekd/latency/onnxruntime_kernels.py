@@ -103,8 +103,9 @@ class _Blocked:
             return False
         more = kernel.cout * kernel.height * kernel.width if what == "add" else 0
         self.kernels[place] = kernel._replace(
-            fused="+".join([*taken, what]), reads=kernel.reads + more
-        )
+            op="FusedConv" if kernel.op == "Conv" else kernel.op,
+            fused="+".join([*taken, what]), reads=kernel.reads + more,
+        )  # fmt: skip
         self.convolutions[id(op)] = place
         if id(source) in self.blocked:
             self.blocked[id(op)] = self.blocked[id(source)]

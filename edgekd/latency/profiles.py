@@ -30,10 +30,8 @@ class ProfileRow(BaseModel):
 
     Attributes:
         kind: "network", or "kernel": then `network` is the one that it was timed in.
-        op: of a kernel, the runtime's name of it.
-        cin, cout, kernel, stride, groups, height, width, fused, reads, writes: of a kernel, see
-            `Kernel`; of a network, channels, height and width of its input.
-        macs: multiply-accumulates.
+        op, cin, cout, kernel, stride, groups, height, width, fused, reads, writes, macs: of a
+            kernel, see `Kernel`.
         p50_ms, low_ms, high_ms: the median and its 95 % interval. Of a kernel: its mean over the
             network's quickest runs, without an interval.
         quiet_ms: of a network, the tenth percentile, by `clock`: about the median of a host with
