@@ -340,9 +340,9 @@ def write_tables() -> None:
         "",
         "A figure is the mean error and the share within ±10 %. What is estimated is the tenth "
         "percentile of the process' CPU time: the host ran other jobs now and then, and its "
-        "median is off by as much as the model. A network that is timed in the same turns each time corrects for "
-        "what the host did meanwhile; the last line of each block has those networks only whose "
-        f"reference was within {STEADY - 1:.0%} of its least.",
+        "median is off by as much as the model. A network that is timed in the same turns each "
+        "time corrects for what the host did meanwhile; the last line of each block has those "
+        f"networks only whose reference was within {STEADY - 1:.0%} of its least.",
         "",
         "| target | precision | networks | n | " + " | ".join(METHODS) + " | in its 90 % |",
         "|---|---|---|---|" + "---|" * (len(METHODS) + 1),

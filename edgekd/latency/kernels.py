@@ -20,7 +20,6 @@ class Kernel(NamedTuple):
         height, width: of the output; of a product, `height` counts its rows.
         fused: what it takes along, in order: "relu", "add", ...
         reads, writes: elements of activations.
-        types: of activations: "f" floats, "i" bytes, read and written.
     """
 
     op: str
@@ -142,7 +141,6 @@ def of_openvino(node: RuntimeNode) -> Kernel:
     op = node.operator
     out = node.outputs[0]
     channels, height, width = by_place(out)
-    constants: Sequence[Dims] = ()
     slow = SLOW_NAMES.search(node.attributes.get("originalLayersNames", "").replace("hard", ""))
     exp = "exp" if slow else ""
     if op == "Convolution":
@@ -159,7 +157,7 @@ def of_openvino(node: RuntimeNode) -> Kernel:
         op = TURN
     if op == "Eltwise" and node.inputs[-1] == (*out[:-1], 1) != out and math.prod(out[:-1]) > 1:
         op = "Eltwise.rows"
-    reads = sum(math.prod(i) for i in node.inputs if len(i) > 1 and i not in constants)
+    reads = sum(math.prod(i) for i in node.inputs if len(i) > 1)
     writes = sum(map(math.prod, node.outputs))
     if op == "FullyConnected":
         return Kernel(op, node.inputs[0][-1], out[-1], height=math.prod(out[:-1]), fused=exp,

@@ -124,9 +124,9 @@ def _sides(
 def _convolution(
     x: Tensor, w: Tensor, _: Any, stride: Any, padding: Any, dilation: Any, transposed: bool,
     *__: Any,
-) -> Sequence[int]:  # fmt: skip
+) -> Sequence[int] | None:  # fmt: skip
     if transposed:
-        raise NotImplementedError
+        return None
     return [
         x.shape[0],
         w.shape[0],
@@ -137,9 +137,9 @@ def _convolution(
 def _pool(
     x: Tensor, kernel: Any, stride: Any = (), padding: Any = (0,), dilation: Any = (1,),
     ceil: bool = False, *_: Any,
-) -> Sequence[int]:  # fmt: skip
+) -> Sequence[int] | None:  # fmt: skip
     if ceil:
-        raise NotImplementedError
+        return None
     return [*x.shape[:-2], *_sides(x.shape[-2:], kernel, stride or kernel, padding, dilation)]
 
 
@@ -165,10 +165,8 @@ def _view(x: Tensor, sizes: Sequence[int]) -> Sequence[int]:
     return [x.numel() // known if n == -1 else n for n in sizes]
 
 
-def _resized(x: Tensor, sides: Sequence[int] | None, *_: Any) -> Sequence[int]:
-    if sides is None:
-        raise NotImplementedError
-    return [*x.shape[:2], *sides]
+def _resized(x: Tensor, sides: Sequence[int] | None, *_: Any) -> Sequence[int] | None:
+    return None if sides is None else [*x.shape[:2], *sides]
 
 
 def _transpose(x: Tensor, a: int, b: int) -> Sequence[int]:
@@ -177,7 +175,8 @@ def _transpose(x: Tensor, a: int, b: int) -> Sequence[int]:
     return shape
 
 
-SHAPES: dict[Any, Callable[..., Sequence[int]]] = {
+# of the output; None where PyTorch has to work it out
+SHAPES: dict[Any, Callable[..., Sequence[int] | None]] = {
     aten.convolution.default: _convolution,
     aten.add.Tensor: _broadcast,
     aten.sub.Tensor: _broadcast,
@@ -275,13 +274,13 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ty
         if func in FIRST_OF and func is not aten.max_pool2d_with_indices.default:
             made = torch.empty(args[0].shape, device="meta")
             return made, made.new_empty(0), made.new_empty(0)
-        shape = SHAPES.get(func)
+        try:
+            shape = SHAPES[func](*args, **kwargs) if func in SHAPES else None
+        except (IndexError, TypeError):  # a form of its arguments that is not foreseen
+            shape = None
         if shape is None:
             return func(*args, **kwargs)
-        try:
-            made = torch.empty(tuple(shape(*args, **kwargs)), device="meta")
-        except (NotImplementedError, IndexError, TypeError):
-            return func(*args, **kwargs)
+        made = torch.empty(tuple(shape), device="meta")
         return (made, made) if func in FIRST_OF else made
 
     def _record(self, func: Any, args: Any, kwargs: Any, given: Any, result: Any) -> None:
