@@ -225,7 +225,7 @@ class _Run:
     def _chosen(self) -> Choice | None:
         """Where the recipe has a budget: its student, which takes the place of the section."""
         recipe = self.recipe
-        if recipe.budget is None:
+        if not recipe.budget_ms:
             return None
         inputs = {
             "student": recipe.student.model_dump(mode="json"),

@@ -243,7 +243,7 @@ class Recipe(_Section):
     @property
     def needs_budget(self) -> str | None:
         """What is to be chosen where there is no budget to choose it under."""
-        if self.budget is not None:
+        if self.budget_ms:
             return None
         if self.prune is not None and self.prune.ratio == "auto":
             return 'prune.ratio = "auto"'

@@ -391,6 +391,13 @@ def test_a_measurement_by_hand_decides_and_corrects_the_choice(
     assert third.choice.chosen.member.params < first.choice.chosen.member.params
 
 
+def test_a_budget_of_other_targets_chooses_nothing(project, tmp_path, calls):
+    recipe = load(project, "budget.latency_ms={}", targets=(EMULATED,))
+    report = pipeline.run(recipe, out=tmp_path)
+    assert (report.choice, report.budgets) == (None, ())
+    assert report.passed
+
+
 def test_a_choice_without_a_budget_is_refused(project, tmp_path):
     with pytest.raises(RecipeError, match=r"student\.space or student\.models is chosen under"):
         pipeline.run(load(project, *SPACE), out=tmp_path)

@@ -367,3 +367,5 @@ def test_what_does_not_fit_is_refused(file, options, message):
 def test_a_choice_needs_a_budget(file, change, what):
     assert changed(file, change).needs_budget == what
     assert Recipe.load(file, changes=[change], latency=["5ms"]).needs_budget is None
+    none_left = changed(file, change, "budget.latency_ms={}")
+    assert none_left.needs_budget == what

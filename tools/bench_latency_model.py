@@ -39,10 +39,9 @@ from edgekd.files import write_atomically
 from edgekd.latency.calibrate import (
     PROBES,
     export_files,
-    median_interval,
     one_run,
     runnable,
-    time_quietly,
+    timed,
 )
 from edgekd.latency.fusion import kernels_of
 from edgekd.latency.kernels import Kernel
@@ -52,6 +51,7 @@ from edgekd.latency.probes import ProbeKind, probe
 from edgekd.latency.profiles import read_profile
 from edgekd.latency.tracing import Op, blank, trace
 from edgekd.runtimes.base import fingerprint, get_runtime
+from edgekd.runtimes.on_device.measure import median_interval
 from edgekd.target import Target
 
 ROOT = Path(__file__).parents[1]
@@ -131,7 +131,7 @@ def measure_one(name: str, files: Path, reference: Path) -> None:
             calls[f"{target.name} {precision}"] = one_run(runtime.load(path, threads=1))
             hashes[f"{target.name} {precision}"] = fingerprint(path)[0]
     measured: dict[str, dict[str, Any]] = {}
-    for key, samples in time_quietly(calls, "cpu").items():
+    for key, samples in timed(calls, 1).items():
         low, high = median_interval(samples)
         quiet, p50 = np.percentile(samples, [10, 50])
         measured[key] = {"quiet_ms": float(quiet), "p50_ms": float(p50), "low_ms": low,

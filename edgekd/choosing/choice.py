@@ -20,7 +20,7 @@ from edgekd.target import Precision, Target
 
 ROUNDS = 5
 MARGIN = 0.03  # of the budget: what repeats of a measurement differ by on a busy host
-CAUTION = 0.97
+CAUTION = 0.97  # of it, for each corrected estimate that was too low
 USED = 0.85  # of the budget: below, larger members are measured that are estimated somewhat over
 HOPEFUL = 1.1
 LARGEST_OVER = 3.0  # times the budget: what half the channels of every layer may still mend

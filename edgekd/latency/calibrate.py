@@ -14,7 +14,7 @@ import torch
 
 from edgekd.errors import TargetError
 from edgekd.latency.kernels import timed_kernels
-from edgekd.latency.measuring import Clock, Measurement, host_name, today
+from edgekd.latency.measuring import Measurement, host_name, today
 from edgekd.latency.model import LatencyModel, leave_one_out
 from edgekd.latency.probes import ProbeKind, probe
 from edgekd.latency.profiles import ProfileRow, append_rows, own_file, read_profile
@@ -22,6 +22,7 @@ from edgekd.latency.runtime_graph import READERS, RUNS, RuntimeNode, runtime_nod
 from edgekd.network import Network
 from edgekd.reporting.progress import Progress, console
 from edgekd.runtimes.base import Arrays, Session, fingerprint, get_runtime
+from edgekd.runtimes.on_device.measure import Watch, median_interval, time_in_turns
 from edgekd.stages.profile import profile_together
 from edgekd.stages.quantize import quantize
 from edgekd.target import Precision, Target, host_instruction_set
@@ -35,7 +36,7 @@ PROBES: tuple[tuple[ProbeKind, int], ...] = tuple(
 )
 ADAPTING = 8  # probes that tell how a device differs from a related one
 Key = TypeVar("Key")
-TURN_RUNS, TURNS, LONGEST_S = 10, 20, 12.0
+MOST_RUNS, LONGEST_SECONDS = 200, 12.0
 
 
 @dataclass(frozen=True)
@@ -184,8 +185,7 @@ def measure_here(
     }
     graphs = {key: _nodes(files, key, target, threads) for key in calls}
     rows: list[ProfileRow] = []
-    clock: Clock = "cpu" if threads == 1 else "wall"
-    for (name, precision), samples in time_quietly(calls, clock).items():
+    for (name, precision), samples in timed(calls, threads).items():
         path = files[name][precision]
         # what disturbed a layer before seldom does so again
         again = {n.name: n.p50_ms for n in _nodes(files, (name, precision), target, threads)}
@@ -194,7 +194,7 @@ def measure_here(
             for node in graphs[name, precision]
         ]
         rows += rows_of(
-            name, precision, nodes, samples, clock=clock, target=target, threads=threads,
+            name, precision, nodes, samples, target=target, threads=threads,
             sha256=fingerprint(path)[0],
         )  # fmt: skip
     return rows
@@ -216,29 +216,16 @@ def one_run(session: Session) -> Callable[[], Arrays]:
     return lambda: session(inputs)
 
 
-def time_quietly(calls: Mapping[Key, Callable[[], object]], clock: Clock) -> dict[Key, list[float]]:
-    """ms of each run, in turns, warmed up.
+def timed(calls: Mapping[Key, Callable[[], object]], threads: int) -> dict[Key, list[float]]:
+    """ms of each run, in turns; of one thread CPU time, else by the wall clock.
 
     On a host that others use too, the median of CPU time is off by 2 to 10 %: whoever else ran
     took the caches. Its tenth percentile repeats within 0.6 % there.
     """
-    for call in calls.values():
-        began = time.monotonic()
-        while time.monotonic() - began < 0.3:
-            call()
-    now = time.process_time_ns if clock == "cpu" else time.perf_counter_ns
-    samples: dict[Key, list[float]] = {key: [] for key in calls}
-    began = time.monotonic()
-    for turn in range(TURNS):
-        if turn >= 2 and time.monotonic() - began > LONGEST_S:
-            break
-        for key, call in calls.items():
-            call()
-            for _ in range(TURN_RUNS):
-                start = now()
-                call()
-                samples[key].append((now() - start) / 1e6)
-    return samples
+    clock = "cpu_ms" if threads == 1 else "wall_ms"
+    with Watch(in_process=True) as watch:
+        found = time_in_turns(list(calls.values()), MOST_RUNS, LONGEST_SECONDS, threads, watch)
+    return {key: each[clock] for key, each in zip(calls, found, strict=True)}
 
 
 def rows_of(
@@ -247,7 +234,6 @@ def rows_of(
     nodes: Sequence[RuntimeNode],
     samples: Sequence[float],
     *,
-    clock: Clock,
     target: Target,
     threads: int,
     sha256: str,
@@ -258,7 +244,8 @@ def rows_of(
     conditions = "batch 1, in turns; kernels: the lesser of two profiled passes"
     common = ProfileRow(
         kind="network", network=network, precision=precision, threads=threads, p50_ms=p50,
-        low_ms=low, high_ms=high, quiet_ms=p10, runs=len(samples), clock=clock,
+        low_ms=low, high_ms=high, quiet_ms=p10, runs=len(samples),
+        clock="cpu" if threads == 1 else "wall",
         runtime=target.runtime, runtime_version=get_runtime(target.runtime).version(),
         host=host_name(), instruction_set=host_instruction_set(), conditions=conditions,
         date=today(), origin="host", sha256=sha256,
@@ -271,15 +258,6 @@ def rows_of(
             "low_ms": None, "high_ms": None, "quiet_ms": None, "runs": RUNS, "clock": "wall",
         }))  # fmt: skip
     return rows
-
-
-def median_interval(samples: Sequence[float]) -> tuple[float, float]:
-    """95 % of the median, by order statistics (the binomial's normal approximation)."""
-    ordered = np.sort(np.asarray(samples))
-    n = len(ordered)
-    spread = 1.96 * n**0.5 / 2
-    low, high = max(0, int(n / 2 - spread)), min(n - 1, int(n / 2 + spread))
-    return float(ordered[low]), float(ordered[high])
 
 
 # ---- elsewhere -----------------------------------------------------------------------------------
