@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+Contents = Callable[[Path], dict[str, tuple[bytes, int]]]
+# what a shell would make something of; the tests have it as NASTY too
+NASTY = "a b'c\"d;$(touch oops)`touch oops`&|<>*?~!#\\ é"
 SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
 
 
@@ -104,3 +108,27 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("EDGEKD_SSH_CONFIG", str(made.folder / "ssh_config"))
     yield made
     made.kill()
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    """A folder to be pushed, with all that a link may stumble over."""
+    folder = tmp_path / "bundle"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "model.onnx").write_bytes(random.Random(0).randbytes(3_000_000))
+    (folder / "empty").touch()
+    (folder / "sub" / NASTY.replace("/", "")).write_text("nasty")
+    (folder / "-rf").write_text("no option")
+    script = folder / "build.sh"
+    script.write_text("echo built\n")
+    script.chmod(0o755)
+    return folder
+
+
+@pytest.fixture
+def contents() -> Contents:
+    """Name -> bytes and mode of all files in a folder."""
+    return lambda folder: {
+        str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mode)
+        for path in folder.rglob("*") if path.is_file()
+    }  # fmt: skip

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,26 +48,6 @@ def phone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return root
 
 
-@pytest.fixture
-def bundle(tmp_path: Path) -> Path:
-    folder = tmp_path / "bundle"
-    (folder / "sub").mkdir(parents=True)
-    (folder / "model.tflite").write_bytes(random.Random(0).randbytes(300_000))
-    (folder / "empty").touch()
-    (folder / "sub" / NASTY.replace("/", "")).write_text("nasty")
-    (folder / "-rf").write_text("no option")
-    (folder / "run.sh").write_text("echo run\n")
-    (folder / "run.sh").chmod(0o755)
-    return folder
-
-
-def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
-    return {
-        str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mode)
-        for path in folder.rglob("*") if path.is_file()
-    }  # fmt: skip
-
-
 def pushed(phone: Path) -> list[str]:
     """Names of the files that adb was told to push, partial as they are."""
     called = (phone.parent / "called").read_text().splitlines()
@@ -82,7 +62,7 @@ def test_a_phone_says_what_it_is(phone: Path):
 
 
 @pytest.mark.parametrize("remote", ["edgekd/x", f"edgekd/{NASTY.replace('/', '')}"])
-def test_a_folder_arrives_as_it_is_and_once(phone: Path, bundle: Path, remote: str):
+def test_a_folder_arrives_as_it_is_and_once(phone: Path, bundle: Path, remote: str, contents: Any):
     device = get_device("adb://serial-1")
     device.push(bundle, remote)
     assert contents(phone / remote) == contents(bundle)
@@ -94,15 +74,15 @@ def test_a_folder_arrives_as_it_is_and_once(phone: Path, bundle: Path, remote: s
     assert contents(phone / remote) == contents(bundle)
 
 
-def test_whole_files_stay_when_the_link_is_lost(phone: Path, bundle: Path):
+def test_whole_files_stay_when_the_link_is_lost(phone: Path, bundle: Path, contents: Any):
     device = get_device("adb://serial-1")
     adb = Path(os.environ["PATH"].split(os.pathsep)[0]) / "adb"
-    lost = 'push) case $2 in */model.tflite) head -c 1000 "$2" > "$(there "$3")"; echo gone >&2;'
+    lost = 'push) case $2 in */model.onnx) head -c 1000 "$2" > "$(there "$3")"; echo gone >&2;'
     adb.write_text(ADB.replace("  push)", f"  {lost} exit 1;; esac"))
     with pytest.raises(DeviceError, match=r"link failed; try again: whole files stay \(gone\)"):
         device.push(bundle, "far")
     there = set(contents(phone / "far"))
-    assert {"-rf", "empty"} <= there and "model.tflite" not in there
+    assert {"-rf", "empty"} <= there and "model.onnx" not in there
     adb.write_text(ADB)
     (phone.parent / "called").unlink()
     device.push(bundle, "far")
@@ -110,10 +90,10 @@ def test_whole_files_stay_when_the_link_is_lost(phone: Path, bundle: Path):
     assert not any("empty" in name for name in pushed(phone))
 
 
-def test_what_arrives_damaged_is_removed(phone: Path, bundle: Path):
+def test_what_arrives_damaged_is_removed(phone: Path, bundle: Path, contents: Any):
     adb = Path(os.environ["PATH"].split(os.pathsep)[0]) / "adb"
     adb.write_text(ADB.replace('cp "$2" "$(there', 'tr x y < "$2" > "$(there'))
-    with pytest.raises(DeviceError, match=r"model.tflite arrived damaged"):
+    with pytest.raises(DeviceError, match=r"model.onnx arrived damaged"):
         get_device("adb://serial-1").push(bundle, "far")
     assert not any("model" in name for name in contents(phone / "far"))
 
@@ -132,9 +112,9 @@ def test_a_program_gets_its_arguments_as_they_are(phone: Path):
 
 def test_a_file_is_fetched_whole_or_not_at_all(phone: Path, bundle: Path, tmp_path: Path):
     device = get_device("adb://serial-1")
-    (phone / "got it").write_bytes((bundle / "model.tflite").read_bytes())
+    (phone / "got it").write_bytes((bundle / "model.onnx").read_bytes())
     device.fetch("got it", tmp_path / "got")
-    assert (tmp_path / "got").read_bytes() == (bundle / "model.tflite").read_bytes()
+    assert (tmp_path / "got").read_bytes() == (bundle / "model.onnx").read_bytes()
     with pytest.raises(DeviceError, match="No such file"):
         device.fetch("absent", tmp_path / "none")
     assert not (tmp_path / "none").exists()

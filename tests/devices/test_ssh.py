@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import platform
-import random
 import threading
 import time
 from pathlib import Path
@@ -19,27 +18,6 @@ from edgekd.errors import DeviceError
 NASTY = "a b'c\"d;$(touch oops)`touch oops`&|<>*?~!#\\ é"
 
 
-@pytest.fixture
-def bundle(tmp_path: Path) -> Path:
-    folder = tmp_path / "bundle"
-    (folder / "sub").mkdir(parents=True)
-    (folder / "model.onnx").write_bytes(random.Random(0).randbytes(3_000_000))
-    (folder / "empty").touch()
-    (folder / "sub" / NASTY.replace("/", "")).write_text("nasty")
-    (folder / "-rf").write_text("no option")
-    script = folder / "build.sh"
-    script.write_text("echo built\n")
-    script.chmod(0o755)
-    return folder
-
-
-def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
-    return {
-        str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mode)
-        for path in folder.rglob("*") if path.is_file()
-    }  # fmt: skip
-
-
 def test_a_device_says_what_it_is(server: Any):
     facts = get_device(server.address).check()
     assert (facts.host, facts.machine) == (platform.node(), platform.machine())
@@ -49,7 +27,7 @@ def test_a_device_says_what_it_is(server: Any):
 
 
 @pytest.mark.parametrize("remote", ["plain", f"x/{NASTY.replace('/', '')}", "-n"])
-def test_a_folder_arrives_as_it_is_and_once(server: Any, bundle: Path, remote: str):
+def test_a_folder_arrives_as_it_is_and_once(server: Any, bundle: Path, remote: str, contents: Any):
     device = get_device(server.address)
     device.push(bundle, remote)
     assert contents(server.home / remote) == contents(bundle)
@@ -114,7 +92,7 @@ def cut_off(server: Any, link: threading.Thread, sent: Path, size: int) -> None:
     assert not link.is_alive()
 
 
-def test_a_push_that_was_cut_off_goes_on(server: Any, bundle: Path):
+def test_a_push_that_was_cut_off_goes_on(server: Any, bundle: Path, contents: Any):
     device, sent = get_device(server.address), 1_000_000
     errors: list[DeviceError] = []
 
@@ -140,7 +118,7 @@ def test_a_push_that_was_cut_off_goes_on(server: Any, bundle: Path):
     assert counted[: 3_000_000 - sent] == (bundle / "model.onnx").read_bytes()[sent:]
 
 
-def test_a_full_disk_is_named_and_leaves_nothing(server: Any, bundle: Path):
+def test_a_full_disk_is_named_and_leaves_nothing(server: Any, bundle: Path, contents: Any):
     (server.home / "far").mkdir()
     partial = partial_of(bundle / "model.onnx", server.home / "far")
     partial.symlink_to("/dev/full")  # every write to it fails as on a full disk
@@ -149,7 +127,7 @@ def test_a_full_disk_is_named_and_leaves_nothing(server: Any, bundle: Path):
     assert not any("model" in name for name in contents(server.home / "far"))
 
 
-def test_what_arrives_damaged_is_removed(server: Any, bundle: Path):
+def test_what_arrives_damaged_is_removed(server: Any, bundle: Path, contents: Any):
     server.program("cat", "tr x y")
     with pytest.raises(DeviceError, match=r"model.onnx arrived damaged"):
         get_device(server.address).push(bundle, "far")
