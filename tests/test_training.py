@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -546,3 +548,33 @@ def test_quantize_learns_from_labels_alone(host):
     assert untrained > 0.8 * math.log(4)
     assert loss(quantize(net, **common, epochs=6)) < 0.6 * untrained
     assert_same(state_of(net), before)
+
+
+NARROW = """
+import torch, edgekd
+from torch import nn
+
+class Narrow(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.main = nn.Conv2d(3, 8, 3, 1, 1), nn.Conv2d(8, 16, 3, 2, 1)
+        self.shortcut = nn.Conv2d(8, 16, 1, 2)  # crashed torch 2.14 in its backward pass
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        return self.head((self.main(x) + self.shortcut(x)).relu().mean((2, 3)))
+
+data = [(torch.randn(4, 3, 64, 64), torch.arange(4))]
+options = dict(task=edgekd.get_task("classification"), data=data, epochs=1, accelerator="cpu")
+net = edgekd.distill(edgekd.Network(Narrow(), torch.zeros(1, 3, 64, 64)), **options)
+edgekd.quantize(net, target="host-onnxruntime", **options)
+print("trained")
+"""
+
+
+def test_a_narrow_shortcut_on_large_maps_does_not_end_the_process():
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", NARROW], capture_output=True, text=True, check=False
+    )
+    assert (ran.returncode, ran.stdout) == (0, "trained\n"), ran.stderr
