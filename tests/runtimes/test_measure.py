@@ -263,16 +263,17 @@ def test_a_bundle_measures_itself(int8_artifact: Artifact, tmp_path: Path):
 def test_one_that_is_killed_leaves_no_half_a_file(fp32_artifact: Artifact, tmp_path: Path):
     folder = shutil.copytree(fp32_artifact.path.parent, tmp_path / "bundle")
     (folder / "measurement.json").write_text("of another run")
-    command = [sys.executable, "measure.py", "--runs", "1000000", "--seconds", "60"]
-    with subprocess.Popen(command, cwd=folder, stderr=subprocess.DEVNULL) as running:
-        for _ in range(1000):
-            if not (folder / "measurement.json").exists():
-                break
+    loading = tmp_path / "loading"
+    (tmp_path / "onnxruntime.py").write_text(  # one that never ends, however fast the machine is
+        f"import time\nopen({str(loading)!r}, 'w').close()\ntime.sleep(600)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    with subprocess.Popen([sys.executable, "measure.py"], cwd=folder, env=environment) as running:
+        while not loading.exists():
+            assert running.poll() is None
             time.sleep(0.05)
-        time.sleep(0.5)
         running.send_signal(signal.SIGKILL)
-    left = {path.name for path in folder.iterdir()}
-    assert "measurement.json" not in left
+    assert "measurement.json" not in {path.name for path in folder.iterdir()}
 
 
 def test_two_at_once_wait_for_each_other(tmp_path: Path):
