@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 
 from edgekd.data.base import Data
 from edgekd.errors import EdgekdError
+from edgekd.knowledge.teachers import OnnxTeacher
 from edgekd.latency.measuring import Measurement
 from edgekd.network import IO, Network, Preprocessing
 from edgekd.pipeline import run
@@ -35,6 +36,7 @@ __all__ = [
     "EdgekdError",
     "Measurement",
     "Network",
+    "OnnxTeacher",
     "Parity",
     "Preprocessing",
     "QuantScheme",

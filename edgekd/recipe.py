@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from edgekd.errors import RecipeError, describe_invalid, nearest
+from edgekd.knowledge.feature import HintLoss
 from edgekd.models.build import FETCHES, Build
 from edgekd.quantization.fake_quant import Observer
 from edgekd.stages.prune import check_goal
@@ -66,6 +67,7 @@ class _Learning(_Training):
     alpha: Share = 0.9
     hints: Literal["auto"] | tuple[str | tuple[str, str], ...] = ()
     hint_weight: NotNegative = 1.0
+    hint_loss: HintLoss = "fitnets"
 
 
 class StudentSection(_Section):

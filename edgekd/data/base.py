@@ -78,7 +78,7 @@ class InMemory:
         return self.images[indices], self.labels[indices]
 
 
-class _Chosen:
+class Chosen:
     """Some images of another split."""
 
     def __init__(self, images: Images, indices: Tensor) -> None:
@@ -115,7 +115,7 @@ def first_balanced(images: Images, count: int | None, split: str) -> Images:
     first_of_class = torch.searchsorted(labels[by_class], labels[by_class])
     rank = torch.empty_like(order)  # how many of the same class come before
     rank[by_class] = torch.arange(len(order)) - first_of_class
-    return _Chosen(images, order[rank.argsort(stable=True)[:count]])
+    return Chosen(images, order[rank.argsort(stable=True)[:count]])
 
 
 @dataclass(frozen=True)

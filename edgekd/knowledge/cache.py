@@ -24,11 +24,20 @@ from edgekd.data.base import BatchSource, Data, sha256, view_batches, views
 from edgekd.errors import StateError
 from edgekd.files import write_atomically
 from edgekd.knowledge.taps import Features
-from edgekd.knowledge.teachers import Teacher, TeacherLike, as_teacher, module_of
+from edgekd.knowledge.teachers import (
+    OnnxTeacher,
+    Teacher,
+    TeacherLike,
+    as_teacher,
+    io_of,
+    members,
+    module_of,
+)
 from edgekd.knowledge.terms import flat
+from edgekd.network import Preprocessing
 from edgekd.reporting.progress import Progress, console
 
-FORMAT = 2
+FORMAT = 3
 LARGEST_GIB = 16.0
 BATCH = 256
 
@@ -40,12 +49,13 @@ def cached_teacher(
     folder: Path,
     device: torch.device,
     taps: Sequence[str] = (),
+    seen: Preprocessing | None = None,
 ) -> Teacher | None:
     """A teacher that looks its answers up by the keys of the samples.
 
     Args:
         folder: of caches; this one gets a folder of its own in there.
-        taps: module paths whose outputs are kept too.
+        taps, seen: see `as_teacher`; the outputs of taps are kept too.
 
     Returns:
         None where answers cannot be kept: the data is not `Data`, its augmentation makes too many
@@ -58,10 +68,11 @@ def cached_teacher(
         return None
     if (fingerprint := _fingerprint(teacher)) is None:
         return None
-    key = sha256(json.dumps([FORMAT, fingerprint, data.fingerprint, list(taps)]).encode())
+    image = None if seen is None else seen.model_dump()
+    key = sha256(json.dumps([FORMAT, fingerprint, data.fingerprint, list(taps), image]).encode())
     place = folder / f"teacher-{key[:12]}"
     if not (place / "index.json").exists():
-        reason = _fill(place, as_teacher(teacher, device, taps), taps, data, device)
+        reason = _fill(place, as_teacher(teacher, device, taps, seen), taps, data, device)
         if reason:
             console.print(f"teacher: its answers are not kept ({reason}); it is asked online")
             return None
@@ -69,10 +80,14 @@ def cached_teacher(
 
 
 def _fingerprint(teacher: TeacherLike | Sequence[TeacherLike]) -> str | None:
-    """Changes with any weight of any teacher; None if one has none."""
-    members = teacher if isinstance(teacher, Sequence) else [teacher]
+    """Changes with any weight of any teacher, and its normalisation; None if one has none."""
     digest = hashlib.sha256()
-    for member in members:
+    for member in members(teacher):
+        io = io_of(member)
+        digest.update(repr(None if io is None else io.preprocessing).encode())
+        if isinstance(member, OnnxTeacher):
+            digest.update(member.sha256.encode())
+            continue
         module = module_of(member)
         if module is None:
             return None
@@ -98,8 +113,9 @@ def _fill(
         with Progress("asking the teacher", -(-total // BATCH)) as progress, ExitStack() as stack:
             for x in view_batches(data, BATCH):
                 outputs, features = ask((x.to(device),), None)
-                names = _names(outputs)
-                kept = [*flat(outputs), *(features[tap] for tap in taps)]
+                names = [_names(each) for each in outputs]
+                kept = [t for each in outputs for t in flat(each)]
+                kept += [features[tap] for tap in taps]
                 halves = [t.half().cpu().numpy() for t in kept]
                 if not all(np.isfinite(half).all() for half in halves):
                     return "they do not fit into fp16"
@@ -164,7 +180,11 @@ def _read(place: Path) -> Teacher:
         assert keys is not None
         rows = keys.cpu().numpy()
         found = [torch.from_numpy(array[rows]).to(inputs[0].device).float() for array in arrays]
-        first = len(found) - len(taps)
-        return _outputs(found[:first], names), dict(zip(taps, found[first:], strict=True))
+        outputs = []
+        for each in names:
+            count = 1 if each is None else each if isinstance(each, int) else len(each)
+            mine, found = found[:count], found[count:]
+            outputs.append(_outputs(mine, each))
+        return outputs, dict(zip(taps, found, strict=True))
 
     return answer

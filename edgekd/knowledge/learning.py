@@ -10,11 +10,18 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from edgekd.data.base import BatchSource
-from edgekd.errors import ModelError, RecipeError
+from edgekd.errors import ModelError, RecipeError, nearest
 from edgekd.knowledge.cache import cached_teacher
-from edgekd.knowledge.feature import Hint
+from edgekd.knowledge.feature import HINT_LOSSES, Hint, HintLoss
 from edgekd.knowledge.taps import Hints, pair_hints, tapped
-from edgekd.knowledge.teachers import Teacher, TeacherLike, as_teacher, module_of
+from edgekd.knowledge.teachers import (
+    Teacher,
+    TeacherLike,
+    as_teacher,
+    first_module,
+    io_of,
+    members,
+)
 from edgekd.knowledge.terms import LearningTerms
 from edgekd.network import Network, eval_mode
 from edgekd.rundir import RunDir
@@ -32,6 +39,7 @@ def learn(
     alpha: float,
     hints: Hints,
     hint_weight: float,
+    hint_loss: HintLoss,
     cache: Path | None,
     epochs: int,
     batch_size: int,
@@ -53,21 +61,24 @@ def learn(
         ModelError: hints that name no module, or maps that do not go together.
     """
     student.expect_inputs(1)
-    task = None if task is None else task.of(student.io)
+    ios = [] if teacher is None else [io_of(member) for member in members(teacher)]
+    task = None if task is None else task.of(student.io, ios)
     made: dict[tuple[str, str], Hint] = {}
     if hints:
         if teacher is None:
             raise RecipeError("hints come from a teacher; give one, or leave the hints out")
         torch.manual_seed(seed)
-        made = _hints(hints, original, teacher, student.io.example(2))
+        made = _hints(hints, hint_loss, original, teacher, student.io.example(2))
     ask: Teacher | None = None
     keyed = False
     if teacher is not None:
-        taps = list(dict.fromkeys(theirs for _, theirs in made))
+        taps, seen = list(dict.fromkeys(theirs for _, theirs in made)), student.io.preprocessing
         if cache is not None:
-            ask = cached_teacher(teacher, data, folder=cache, device=on.device, taps=taps)
+            ask = cached_teacher(
+                teacher, data, folder=cache, device=on.device, taps=taps, seen=seen
+            )
             keyed = ask is not None
-        ask = ask or as_teacher(teacher, on.device, taps)
+        ask = ask or as_teacher(teacher, on.device, taps, seen)
     with tapped(student.module, [ours for ours, _ in made]) as features:
         terms = LearningTerms(
             task, ask, alpha, hints=made, hint_weight=hint_weight, features=features, keyed=keyed
@@ -81,16 +92,19 @@ def learn(
 
 def _hints(
     hints: Hints,
+    loss: HintLoss,
     original: nn.Module,
     teacher: TeacherLike | Sequence[TeacherLike],
     example: tuple[Tensor, ...],
 ) -> dict[tuple[str, str], Hint]:
-    """For each pair of paths a hint, with a new regressor of the right widths."""
-    module = module_of(teacher)
+    """For each pair of paths a term, with new regressors of the right widths."""
+    if loss not in HINT_LOSSES:
+        raise RecipeError(f"no hint_loss {loss!r}{nearest(loss, HINT_LOSSES)}")
+    module = first_module(teacher)
     if module is None:
         raise ModelError(
-            "hints come out of inner layers; give a single Network or module as the teacher, "
-            "not a callable or a list, or leave the hints out"
+            "hints come out of inner layers; give a Network or module as the teacher, or the first "
+            "of them that there is among several, not callables alone; or leave the hints out"
         )
     pairs = pair_hints(hints, original, module, example)
     ours, theirs = zip(*pairs, strict=True)
@@ -100,4 +114,5 @@ def _hints(
     ):  # fmt: skip
         original(*example)
         module(*example)
-    return {(a, b): Hint(student_features[a], teacher_features[b]) for a, b in pairs}
+    kind = HINT_LOSSES[loss]
+    return {(a, b): kind(student_features[a], teacher_features[b]) for a, b in pairs}

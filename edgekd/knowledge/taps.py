@@ -89,7 +89,8 @@ def pair_hints(
     """(student's path, teacher's path) of each hint.
 
     "auto" takes, for every resolution that both have behind the first one and above 1×1, the last
-    module of each that gives it: the ends of corresponding stages.
+    module of each that gives it: the ends of corresponding stages. What lies below a module's
+    `head_path`, if it has one, is left out: there maps turn into answers.
 
     Args:
         example: inputs of both, (N, ...).
@@ -120,7 +121,12 @@ def _ends_of_stages(module: nn.Module, example: Sequence[Tensor]) -> dict[tuple[
 
         return hook
 
-    handles = [m.register_forward_hook(keep(path)) for path, m in module.named_modules() if path]
+    head = getattr(module, "head_path", None)
+    handles = [
+        inner.register_forward_hook(keep(path))
+        for path, inner in module.named_modules()
+        if path and not (head and f"{path}.".startswith(f"{head}."))
+    ]
     try:
         with eval_mode(module), torch.no_grad():
             module(*example)

@@ -77,12 +77,17 @@ class LearningTerms(nn.Module):
         if self.teacher is not None:
             wanted, theirs = self.teacher(batch[:1], keys)
             if self.task is None:
-                values["teacher"] = match_outputs(outputs, wanted)
+                each = [match_outputs(outputs, one) for one in wanted]
+                values["teacher"] = torch.stack(each).mean()
             else:
-                values["teacher"] = self.alpha * self.task.distillation(outputs, wanted)
+                values["teacher"] = self.alpha * self.task.distillation(outputs, *wanted)
             if self.pairs:
+
+                def foreground(size: tuple[int, int]) -> Tensor | None:
+                    return self.task.foreground(labels, size) if self.task and labels else None
+
                 each = [
-                    hint(self.features[ours], theirs[path])
+                    hint(self.features[ours], theirs[path], foreground)
                     for (ours, path), hint in zip(self.pairs, self.hints, strict=True)
                 ]
                 values["hints"] = self.hint_weight * torch.stack(each).mean()

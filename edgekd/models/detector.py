@@ -37,20 +37,21 @@ def _convolution(in_channels: int, channels: int, kernel: int, stride: int = 1) 
 class Head(nn.Module):
     """Towers for classes and for boxes over one map, and what they predict at each location."""
 
-    def __init__(self, channels: int, depth: int, classes: int) -> None:
+    def __init__(self, channels: int, depth: int, classes: int, bins: int) -> None:
         super().__init__()
 
         def tower(outputs: int) -> nn.Sequential:
             layers = [_convolution(channels, channels, 3) for _ in range(depth)]
             return nn.Sequential(*layers, nn.Conv2d(channels, outputs, 1))
 
-        self.classes, self.boxes = tower(classes), tower(4)
+        self.classes, self.boxes = tower(classes), tower(4 * max(bins, 1))
         with torch.no_grad():
             self.classes[-1].bias.fill_(-math.log((1 - PRIOR) / PRIOR))  # type: ignore[operator]
-            self.boxes[-1].bias.fill_(math.log(2))  # type: ignore[operator]  # 4 strides wide
+            # 4 strides wide; of a distribution all bins alike
+            self.boxes[-1].bias.fill_(0 if bins else math.log(2))  # type: ignore[operator]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, C, H, W) -> (N, HW, K) logits and (N, HW, 4) logarithms of distances."""
+        """(N, C, H, W) -> (N, HW, K) logits, and (N, HW, 4·B) of what the boxes are coded in."""
         maps = self.classes(x), self.boxes(x)
         logits, distances = (m.permute(0, 2, 3, 1).flatten(1, 2) for m in maps)
         return logits, distances
@@ -58,6 +59,8 @@ class Head(nn.Module):
 
 class Detector(nn.Module):
     """See `detector`."""
+
+    head_path = "heads"
 
     def __init__(
         self,
@@ -67,8 +70,10 @@ class Detector(nn.Module):
         depths: Sequence[int],
         neck: int,
         head_depth: int,
+        bins: int,
     ) -> None:
         super().__init__()
+        self.bins = bins
         self.stem = _convolution(in_channels, widths[0], 3, 2)
         stages, previous = [], widths[0]
         for width, depth in zip(widths, depths, strict=True):
@@ -82,10 +87,10 @@ class Detector(nn.Module):
         self.up = nn.ModuleList(_convolution(neck, neck, 3) for _ in STRIDES[1:])
         self.shrink = nn.ModuleList(_convolution(neck, neck, 3, 2) for _ in STRIDES[1:])
         self.down = nn.ModuleList(_convolution(neck, neck, 3) for _ in STRIDES[1:])
-        self.heads = nn.ModuleList(Head(neck, head_depth, classes) for _ in STRIDES)
+        self.heads = nn.ModuleList(Head(neck, head_depth, classes, bins) for _ in STRIDES)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """(N, C, H, W) -> classes (N, A, K) and boxes (N, A, 4), see `box_decoding`."""
+        """(N, C, H, W) -> classes (N, A, K) and boxes (N, A, 4·B), see `box_decoding`."""
         x = self.stem(x)
         maps = []
         for stage in self.stages:
@@ -115,7 +120,10 @@ class Detector(nn.Module):
         levels = (
             Level(grid=(height // s, width // s), stride=(s, s), sizes=((s, s),)) for s in STRIDES
         )
-        return Decoding(image=(height, width), levels=tuple(levels), boxes="log_distance")
+        return Decoding(
+            image=(height, width), levels=tuple(levels), bins=self.bins,
+            boxes="distribution" if self.bins else "log_distance",
+        )  # fmt: skip
 
 
 def detector(
@@ -126,6 +134,7 @@ def detector(
     depths: Sequence[int] | int = 1,
     neck: int = 64,
     head_depth: int = 1,
+    bins: int = 0,
     scale: float = 1.0,
     round_to: int = 8,
 ) -> Detector:
@@ -138,6 +147,8 @@ def detector(
         depths: blocks of each stage, or one number for all.
         neck: channels of the pyramid and the heads, before scaling.
         head_depth: 3×3 convolutions of each head in front of the last one.
+        bins: of the distribution that each distance to an edge is given as, which teaches more
+            than a number does; 0 gives numbers. An edge is then at most bins − 1 strides away.
         scale: multiplies every width (0.5 gives about a quarter of the parameters).
         round_to: widths are rounded to a multiple of this, and are never less.
 
@@ -155,7 +166,9 @@ def detector(
         raise TypeError(f"widths {tuple(widths)} and depths {depths} must be four each, all >= 1")
     if head_depth < 0:
         raise TypeError(f"head_depth is {head_depth}; it must be 0 or more")
-    return Detector(in_channels, num_classes, scaled, counts, joined, head_depth)
+    if bins < 0 or bins == 1:
+        raise TypeError(f"bins is {bins}; it must be 0, or 2 and more")
+    return Detector(in_channels, num_classes, scaled, counts, joined, head_depth, bins)
 
 
 def detector_space(kwargs: dict[str, Any], side: int) -> dict[str, list[Any]]:

@@ -59,6 +59,8 @@ class Core(nn.Module):
         ModelError: another detector; the nearest one that has a core is named.
     """
 
+    head_path = "head"
+
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         if isinstance(module, GeneralizedRCNN):

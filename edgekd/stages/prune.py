@@ -12,6 +12,7 @@ from torch import Tensor
 
 from edgekd.data.base import BatchSource
 from edgekd.errors import ModelError, RecipeError, nearest
+from edgekd.knowledge.feature import HintLoss
 from edgekd.knowledge.taps import Hints
 from edgekd.knowledge.teachers import TeacherLike
 from edgekd.network import Network
@@ -43,6 +44,7 @@ def prune(
     alpha: float = 0.9,
     hints: Hints = (),
     hint_weight: float = 1.0,
+    hint_loss: HintLoss = "fitnets",
     cache: Path | None = None,
     batch_size: int = 128,
     lr: float = 0.05,
@@ -67,8 +69,8 @@ def prune(
         round_to: channels are kept in multiples of this; 8 if neither it nor `target` is given.
         target: a Target or its name, for its `channel_multiple`.
         ignore: module paths; the layers there keep all their channels, inputs included.
-        task, data, teacher, alpha, hints, hint_weight, cache, batch_size, lr, weight_decay, seed,
-            accelerator, run: of the retraining, see `distill`.
+        task, data, teacher, alpha, hints, hint_weight, hint_loss, cache, batch_size, lr,
+            weight_decay, seed, accelerator, run: of the retraining, see `distill`.
         epochs: of retraining; 0 leaves it out.
 
     Raises:
@@ -111,8 +113,9 @@ def prune(
         assert task is not None and data is not None
         pruned = distill(
             pruned, task=task, data=data, teacher=teacher, epochs=epochs, alpha=alpha,
-            hints=hints, hint_weight=hint_weight, cache=cache, batch_size=batch_size, lr=lr,
-            weight_decay=weight_decay, seed=seed, accelerator=accelerator, run=run,
+            hints=hints, hint_weight=hint_weight, hint_loss=hint_loss, cache=cache,
+            batch_size=batch_size, lr=lr, weight_decay=weight_decay, seed=seed,
+            accelerator=accelerator, run=run,
         )  # fmt: skip
     return pruned
 

@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 from edgekd.data.base import BatchSource, Data, evaluation_batches
 from edgekd.errors import ModelError, RecipeError, TargetError
 from edgekd.files import write_atomically
+from edgekd.knowledge.feature import HintLoss
 from edgekd.knowledge.learning import learn
 from edgekd.knowledge.taps import Hints
 from edgekd.knowledge.teachers import TeacherLike
@@ -49,6 +50,7 @@ def quantize(
     alpha: float = 0.9,
     hints: Hints = (),
     hint_weight: float = 1.0,
+    hint_loss: HintLoss = "fitnets",
     cache: Path | None = None,
     batch_size: int = 128,
     lr: float = 1e-3,
@@ -82,7 +84,7 @@ def quantize(
             table of all layers is in its `sensitivity.json`.
         freeze_scales: share of the training behind which scales stay as they are; 1: they learn
             to its end.
-        hints, hint_weight, cache: see `distill`; paths are those of the float network.
+        hints, hint_weight, hint_loss, cache: see `distill`; paths are those of the float network.
 
     Raises:
         TargetError: the target has no integers.
@@ -131,7 +133,7 @@ def quantize(
     if epochs:
         learn(
             student, original=net.module, task=task, data=data, teacher=teacher, alpha=alpha,
-            hints=hints, hint_weight=hint_weight, cache=cache, epochs=epochs,
+            hints=hints, hint_weight=hint_weight, hint_loss=hint_loss, cache=cache, epochs=epochs,
             batch_size=batch_size, lr=lr, weight_decay=weight_decay, seed=seed, on=on,
             freeze_scales=freeze_scales,
             label="quantized training" if teacher is None else "quantized distilling", run=run,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, Protocol
 
@@ -47,8 +48,8 @@ class Task(Protocol):
     def metric_name(self) -> str:
         """What `score` counts, for tables."""
 
-    def of(self, io: IO) -> Task:
-        """This task for the outputs of networks with that IO."""
+    def of(self, io: IO, teachers: Sequence[IO | None] = ()) -> Task:
+        """This task for the outputs of networks with that IO, taught by those with theirs."""
 
     def answers(self, outputs: Any) -> Any:
         """What a batch of outputs says, without gradient: a tensor, a tuple or a dict of them."""
@@ -56,8 +57,14 @@ class Task(Protocol):
     def loss(self, outputs: Any, targets: tuple[Tensor, ...]) -> Tensor:
         """Supervised loss, a scalar."""
 
-    def distillation(self, outputs: Any, teacher_outputs: Any) -> Tensor:
-        """The default term on the outputs, a scalar; teacher outputs carry no gradient."""
+    def distillation(self, outputs: Any, *teacher_outputs: Any) -> Tensor:
+        """The term on the outputs of one or more teachers, a scalar; theirs carry no gradient."""
+
+    def foreground(self, targets: tuple[Tensor, ...], size: tuple[int, int]) -> Tensor | None:
+        """(N, h, w): what each cell of a feature map counts as part of an object; 0 for none.
+
+        None where a task tells no objects from the rest.
+        """
 
     def score(self, answers: Any, targets: tuple[Tensor, ...]) -> Score:
         """The metric over a whole split: answers and targets of all its samples."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +27,7 @@ class Classification:
     label_smoothing: float = 0.0
     metric_name: str = "top-1 accuracy"
 
-    def of(self, io: IO) -> Classification:
+    def of(self, io: IO, teachers: Sequence[IO | None] = ()) -> Classification:
         """Itself: all classifiers give scores."""
         return self
 
@@ -38,10 +39,14 @@ class Classification:
         """Cross-entropy of (N, K) scores and (N,) labels."""
         return F.cross_entropy(outputs, targets[0], label_smoothing=self.label_smoothing)
 
-    def distillation(self, outputs: Tensor, teacher_outputs: Tensor) -> Tensor:
-        """Tempered KL of (N, K) scores."""
-        loss: Tensor = Response(self.temperature)(outputs, teacher_outputs)
+    def distillation(self, outputs: Tensor, *teacher_outputs: Tensor) -> Tensor:
+        """Tempered KL of (N, K) scores; several teachers' are averaged (Hinton et al. 2015 §4)."""
+        wanted = torch.stack(teacher_outputs).mean(0)
+        loss: Tensor = Response(self.temperature)(outputs, wanted)
         return loss
+
+    def foreground(self, targets: tuple[Tensor, ...], size: tuple[int, int]) -> None:
+        """None: a label is of the whole image."""
 
     def score(self, answers: Tensor, targets: tuple[Tensor, ...]) -> Score:
         """Top-1 accuracy with its Wilson interval; of a class: the share found of its images."""

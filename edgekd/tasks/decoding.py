@@ -1,9 +1,10 @@
 """From a detector's raw heads to boxes: anchors, decoding, and suppression of duplicates, in float.
 
 A detector's core gives two tensors, three with a quality, in this order: classes (N, A, K), boxes
-(N, A, 4) and quality (N, A, 1), where A counts the anchors of all feature maps, level by level,
-row by row, and at each location in the order of `Level.sizes`. What turns them into boxes is a
-`Decoding`: plain values in the network's IO, which any language can repeat.
+(N, A, 4·B) and quality (N, A, 1), where B is 1 but for distributions, and A counts the anchors of
+all feature maps, level by level, row by row, and at each location in the order of `Level.sizes`.
+What turns them into boxes is a `Decoding`: plain values in the network's IO, which any language can
+repeat.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from functools import cache
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 from torch import Tensor
 
 from edgekd.errors import ModelError
@@ -55,8 +56,11 @@ class Decoding(_Frozen):
             "distance": from its centre to the left, top, right and bottom edge, over its size
                 (FCOS, Tian et al. 2019, arXiv:1904.01355 §3.1);
             "log_distance": the logarithms of these;
+            "distribution": the distances again, each as `bins` logits of 0, 1, … sizes, of which
+                the mean is taken (GFL, Li et al. 2020, arXiv:2006.04388 §3.2);
             "offset": (c' − c) / s and log(s' / s) of the box (c', s'), times `weights`
                 (R-CNN, Girshick et al. 2014, arXiv:1311.2524 appendix C).
+        bins: of "distribution", 2 or more; 0 of all others.
         weights: of "offset", for x, y, width and height.
         largest: logarithms are clipped to this from above before exp.
         scores: "sigmoid" of each class, or "softmax" over the classes and a background, which is
@@ -70,7 +74,8 @@ class Decoding(_Frozen):
 
     image: tuple[int, int]
     levels: tuple[Level, ...]
-    boxes: Literal["distance", "log_distance", "offset"]
+    boxes: Literal["distance", "log_distance", "distribution", "offset"]
+    bins: int = 0
     weights: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
     largest: float = math.log(1000 / 16)
     scores: Literal["sigmoid", "softmax"] = "sigmoid"
@@ -80,6 +85,15 @@ class Decoding(_Frozen):
     candidates_of: Literal["level", "class"] = "level"
     nms_threshold: float = 0.6
     detections: int = 100
+
+    @model_validator(mode="after")
+    def _bins_of_distributions(self) -> Decoding:
+        if (self.boxes == "distribution") != (self.bins > 1):
+            raise ValueError(
+                f'bins is {self.bins} with boxes = "{self.boxes}"; a distribution has 2 or more, '
+                "the others 0"
+            )
+        return self
 
     @property
     def background(self) -> int:
@@ -95,13 +109,13 @@ def heads(outputs: Any, decoding: Decoding) -> tuple[Tensor, ...]:
     """
     found = tuple(outputs.values() if isinstance(outputs, Mapping) else outputs)
     total = sum(level.anchors for level in decoding.levels)
-    widths = [None, 4, 1][: 2 + decoding.quality]
+    widths = [None, 4 * max(decoding.bins, 1), 1][: 2 + decoding.quality]
     fits = len(found) == len(widths) and all(
         t.dim() == 3 and t.shape[1] == total and width in (None, t.shape[2])
         for t, width in zip(found, widths, strict=True)
     )
     if not fits:
-        wanted = ["(N, A, K)", "(N, A, 4)", "(N, A, 1)"][: len(widths)]
+        wanted = ["(N, A, K)", f"(N, A, {widths[1]})", "(N, A, 1)"][: len(widths)]
         raise ModelError(
             f"a detector's heads are {', '.join(wanted)} with A = {total} anchors; this one gives "
             f"{[tuple(t.shape) for t in found]}: let its `box_decoding` describe them"
@@ -126,7 +140,7 @@ def anchors(decoding: Decoding) -> Tensor:
 
 
 def boxes_of(decoding: Decoding, regression: Tensor) -> Tensor:
-    """(..., A, 4) raw numbers to left, top, right, bottom in pixels of the input, not clipped."""
+    """(..., A, 4·B) raw numbers to left, top, right, bottom in pixels of the input, not clipped."""
     at = anchors(decoding).to(regression.device)
     size, centre = at[:, 2:] - at[:, :2], (at[:, :2] + at[:, 2:]) / 2
     if decoding.boxes == "offset":
@@ -136,8 +150,23 @@ def boxes_of(decoding: Decoding, regression: Tensor) -> Tensor:
         return torch.cat([middle - half, middle + half], -1)
     if decoding.boxes == "log_distance":
         regression = regression.clamp(max=decoding.largest).exp()
+    if decoding.boxes == "distribution":
+        shares = edges_of(decoding, regression).softmax(-1)
+        regression = shares @ torch.arange(decoding.bins, dtype=shares.dtype, device=shares.device)
     before, behind = regression.chunk(2, -1)
     return torch.cat([centre - before * size, centre + behind * size], -1)
+
+
+def edges_of(decoding: Decoding, regression: Tensor) -> Tensor:
+    """(..., A, 4, bins) logits of each edge's distance, of a distribution's raw numbers."""
+    return regression.reshape(*regression.shape[:-1], 4, decoding.bins)
+
+
+def distances(decoding: Decoding, boxes: Tensor) -> Tensor:
+    """(..., A, 4) from each anchor's centre to the edges of its box, over its size."""
+    at = anchors(decoding).to(boxes.device)
+    size, centre = at[:, 2:] - at[:, :2], (at[:, :2] + at[:, 2:]) / 2
+    return torch.cat([(centre - boxes[..., :2]) / size, (boxes[..., 2:] - centre) / size], -1)
 
 
 def scores_of(decoding: Decoding, classes: Tensor, quality: Tensor | None = None) -> Tensor:

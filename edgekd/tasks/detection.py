@@ -11,6 +11,7 @@ Class −1 is padding. With boxes alone, they are the truth too, and no image ha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import generalized_box_iou_loss
 
-from edgekd.errors import DataError, ModelError
+from edgekd.errors import DataError, ModelError, nearest
+from edgekd.knowledge.detection import Dense, comparable, densely, joined
 from edgekd.network import IO
 from edgekd.tasks.average_precision import (
     SIZES,
@@ -30,10 +32,83 @@ from edgekd.tasks.average_precision import (
     resampled,
 )
 from edgekd.tasks.base import Difference, Score
-from edgekd.tasks.decoding import Decoding, anchors, boxes_of, detect, heads, scores_of
+from edgekd.tasks.decoding import (
+    Decoding,
+    anchors,
+    boxes_of,
+    detect,
+    distances,
+    edges_of,
+    heads,
+    scores_of,
+)
 
 ALPHA, BETA = 1.0, 6.0  # of the alignment, TOOD §3.2: score^α · IoU^β
 SLACK = 0.1  # of the score, see `partners`
+LEAST = 0.1  # score of a teacher's box that is learnt from
+
+
+@dataclass(frozen=True)
+class Taught:
+    """How a teacher's outputs are read.
+
+    Attributes:
+        decoding: of its heads; None: as the student's, or its outputs are detections.
+        columns: for each of the student's classes the teacher's index of it; None: the same.
+    """
+
+    decoding: Decoding | None = None
+    columns: tuple[int, ...] | None = None
+
+    @classmethod
+    def by(cls, io: IO | None, labels: tuple[str, ...], student: Decoding) -> Taught:
+        """From what is known of the teacher, and the student's labels and decoding."""
+        if io is None:
+            return cls()
+        if io.decoding is not None and io.decoding.image != student.image:
+            raise ModelError(
+                f"the teacher's boxes are for images of {io.decoding.image}, the student's for "
+                f"{student.image}; make the teacher's Network with an example of that size"
+            )
+        if not io.labels or not labels or io.labels == labels:
+            return cls(io.decoding)
+        if unknown := [label for label in labels if label not in io.labels]:
+            raise ModelError(
+                f"the teacher has no class {unknown[0]!r}{nearest(unknown[0], io.labels)}; it must "
+                "know all of the student's, by the same names"
+            )
+        return cls(io.decoding, tuple(map(io.labels.index, labels)))
+
+    def is_dense(self, student: Decoding, outputs: Any) -> bool:
+        """Whether its outputs can be compared with the student's anchor by anchor."""
+        return not isinstance(outputs, Tensor) and comparable(student, self.decoding or student)
+
+    def dense(self, student: Decoding, outputs: Any) -> Dense:
+        """Its heads at every anchor, with the student's classes."""
+        decoding = self.decoding or student
+        scores, *rest = heads(outputs, decoding)
+        if self.columns is not None:
+            kept = [0] * decoding.background + [k + decoding.background for k in self.columns]
+            scores = scores[..., kept]
+        return Dense.of(decoding, (scores, *rest))
+
+    def detections(self, student: Decoding, outputs: Any) -> Tensor:
+        """(N, D, 6) with the student's classes; its others are left out."""
+        found = outputs
+        if not isinstance(found, Tensor):
+            found = detect(self.decoding or student, outputs)
+        if found.dim() != 3 or found.shape[-1] != 6:
+            raise ModelError(
+                f"a teacher's single output is {tuple(found.shape)}; detections are (N, D, 6): "
+                "left, top, right, bottom, score, class. Give raw heads as a Network with a "
+                "decoding, or let a function turn its outputs into detections"
+            )
+        if self.columns is None:
+            return found
+        translated = torch.full_like(found[..., 5], -1)
+        for ours, theirs in enumerate(self.columns):
+            translated[found[..., 5] == theirs] = ours
+        return torch.cat([found[..., :5], translated[..., None]], -1)
 
 
 @dataclass(frozen=True)
@@ -43,29 +118,38 @@ class Detection:
     Args:
         class_weight: of the classes' term of the loss.
         box_weight: of the boxes' term.
+        distribution_weight: of the term of the edges' distributions, where heads give them.
         candidates: anchors that may be given to each box.
         shown: least score of the detections that `agreement` asks for.
         overlap: least IoU of two detections that are the same one.
         decoding: how outputs are coded; `of` takes it from a network.
         classes: K; 0 until `of` knows it: as many as occur.
+        teachers: what `of` knows of each.
     """
 
     class_weight: float = 1.0
     box_weight: float = 2.5
+    distribution_weight: float = 0.25
     candidates: int = 13
     shown: float = 0.3
     overlap: float = 0.9
     decoding: Decoding | None = None
     classes: int = 0
+    teachers: tuple[Taught, ...] = ()
     metric_name: str = "mAP@[.5:.95]"
 
-    def of(self, io: IO) -> Detection:
-        """This task for a network's own heads.
+    def of(self, io: IO, teachers: Sequence[IO | None] = ()) -> Detection:
+        """This task for a network's own heads, taught by networks with theirs.
 
         Raises:
-            ModelError: the network does not say how its outputs become boxes.
+            ModelError: the network does not say how its outputs become boxes, or a teacher does
+                not know its classes or its size of images.
         """
-        return replace(self, decoding=_known(io.decoding), classes=len(io.labels))
+        decoding = _known(io.decoding)
+        return replace(
+            self, decoding=decoding, classes=len(io.labels),
+            teachers=tuple(Taught.by(their, io.labels, decoding) for their in teachers),
+        )  # fmt: skip
 
     def answers(self, outputs: Any) -> Tensor:
         """(N, D, 6) detections, see `edgekd.tasks.decoding.detect`."""
@@ -73,16 +157,22 @@ class Detection:
             return detect(_known(self.decoding), outputs)
 
     def loss(self, outputs: Any, targets: tuple[Tensor, ...]) -> Tensor:
-        """Weighted sum of the classes', the boxes' and, where there is one, the quality's term.
+        """Weighted sum of the classes', the boxes' and, where they are, further heads' terms.
 
         Each anchor learns the alignment of its box as the score of its class, 0 for all others
         (Feng et al. 2021, TOOD, arXiv:2108.07755 §3.2), and 1 − GIoU of its box (Rezatofighi et
-        al. 2019, arXiv:1902.09630), weighted by that score; a quality learns the IoU of the box.
-        All are sums over the sum of those scores.
+        al. 2019, arXiv:1902.09630), weighted by that score; a quality learns the IoU of the box;
+        a distribution learns each distance as the mean of the two bins around it (distribution
+        focal loss, Li et al. 2020, GFL, arXiv:2006.04388 §3.2 eq. 6). All are sums over the sum of
+        those scores.
         """
+        return self._towards(outputs, targets[0])
+
+    def _towards(self, outputs: Any, truth: Tensor, certainty: Tensor | None = None) -> Tensor:
+        """`loss` of boxes (N, M, 5), whose scores are to be `certainty` (N, M) times as high."""
         decoding = _known(self.decoding)
         classes, regression, *quality = heads(outputs, decoding)
-        truth = targets[0].to(regression.dtype)
+        truth = truth.to(regression.dtype)
         used = (truth[..., 0] >= 0).any(0)
         used[0] = True
         truth = truth[:, used]  # most images have fewer boxes than the padding has room for
@@ -98,6 +188,8 @@ class Detection:
             given, aligned, overlap = self._assign(decoding, scores, boxes, truth)
         chosen = given >= 0
         row = given.clamp(min=0)
+        if certainty is not None:
+            aligned = aligned * certainty[:, used].to(aligned.dtype).gather(1, row)
         kind = truth[..., 0].gather(1, row).long().clamp(min=0)
         wanted = torch.zeros_like(scores).scatter(-1, kind[..., None], aligned[..., None])
         total = aligned.sum().clamp(min=1)
@@ -105,6 +197,10 @@ class Detection:
         goal = truth[..., 1:].gather(1, row[..., None].expand(-1, -1, 4))
         apart = generalized_box_iou_loss(boxes[chosen], goal[chosen])
         loss = loss + self.box_weight * (aligned[chosen] * apart).sum() / total
+        if decoding.bins:
+            logits = edges_of(decoding, regression[chosen])
+            each = _distribution_focal_loss(logits, distances(decoding, goal)[chosen])
+            loss = loss + self.distribution_weight * (aligned[chosen] * each).sum() / total
         for logit in quality:
             each = F.binary_cross_entropy_with_logits(
                 logit[chosen][:, 0], overlap[chosen], reduction="none"
@@ -151,36 +247,59 @@ class Detection:
         score = (aligned * mine / top * (iou * mine).amax(-1, keepdim=True)).amax(1)
         return row, score, given.values.clamp(min=0)
 
-    def distillation(self, outputs: Any, teacher_outputs: Any) -> Tensor:
-        """From a teacher with heads of the same shapes: its scores, and its boxes as targets.
+    def distillation(self, outputs: Any, *teacher_outputs: Any) -> Tensor:
+        """From one or more teachers: anchor by anchor, or else by their boxes.
 
-        Both terms are weighted by how much of a foreground the teacher sees at each anchor: its
-        largest score. KL divergence of the classes, 0 at the teacher's scores; 1 − GIoU of boxes.
+        Heads over the same anchors, with the same kind of scores, are compared densely, see
+        `edgekd.knowledge.detection`. Otherwise the teachers' boxes, joined, are learnt as labels
+        are, each box as far as its score says.
+
+        Args:
+            teacher_outputs: raw heads, or detections (N, D, 6) as `answers` gives them.
 
         Raises:
-            ModelError: heads of other shapes.
+            ModelError: they are neither.
         """
         decoding = _known(self.decoding)
-        ours, theirs = heads(outputs, decoding), heads(teacher_outputs, decoding)
-        shapes = [[tuple(t.shape) for t in found] for found in (ours, theirs)]
-        if shapes[0] != shapes[1]:
-            raise ModelError(
-                f"the student's heads are {shapes[0]}, the teacher's {shapes[1]}; a detector "
-                "learns from one of the same strides, anchors and classes: choose such a student"
-            )
-        scores = scores_of(decoding, theirs[0])
-        weight = scores.amax(-1)
-        total = weight.sum().clamp(min=1)
-        wanted = theirs[0].softmax(-1) if decoding.background else scores
-        classes = _divergence(decoding, ours[0], wanted)
-        boxes, goal = (boxes_of(decoding, found[1]) for found in (ours, theirs))
-        apart = generalized_box_iou_loss(boxes, goal)
-        loss: Tensor = self.class_weight * (weight * classes).sum() / total
-        loss = loss + self.box_weight * (weight * apart).sum() / total
-        for mine, its in zip(ours[2:], theirs[2:], strict=True):
-            each = _bernoulli_divergence(mine[..., 0], its[..., 0].sigmoid())
-            loss = loss + self.class_weight * (weight * each).sum() / total
-        return loss
+        given = self.teachers or (Taught(),) * len(teacher_outputs)
+        pairs = list(zip(given, teacher_outputs, strict=True))
+        if all(taught.is_dense(decoding, theirs) for taught, theirs in pairs):
+            ours = Dense.of(decoding, heads(outputs, decoding))
+            dense = [taught.dense(decoding, theirs) for taught, theirs in pairs]
+            for each in dense:
+                if each.classes.shape != ours.classes.shape:
+                    raise ModelError(
+                        f"the student's classes are {tuple(ours.classes.shape)}, the teacher's "
+                        f"{tuple(each.classes.shape)}; give both labels, to choose among the "
+                        "teacher's by name"
+                    )
+            return densely(
+                ours, dense, background=bool(decoding.background), class_weight=self.class_weight,
+                box_weight=self.box_weight, distribution_weight=self.distribution_weight,
+            )  # fmt: skip
+        boxes = joined([taught.detections(decoding, theirs) for taught, theirs in pairs])
+        boxes = boxes.masked_fill(boxes[..., 4:5] < LEAST, -1)
+        truth = torch.cat([boxes[..., 5:], boxes[..., :4]], -1)
+        return self._towards(outputs, truth, boxes[..., 4].clamp(min=0))
+
+    def foreground(self, targets: tuple[Tensor, ...], size: tuple[int, int]) -> Tensor | None:
+        """(N, h, w) of a feature map: 1 / cells of the smallest box at each cell, 0 without one.
+
+        So every box counts as much as any other (FGD, arXiv:2111.11837 §3.1).
+        """
+        boxes = targets[0]
+        scale = [n / of for n, of in zip(size, _known(self.decoding).image, strict=True)]
+        low, high = boxes[..., [2, 1]], boxes[..., [4, 3]]  # of rows and columns
+        first = (low * low.new_tensor(scale)).floor()
+        behind = (high * high.new_tensor(scale)).ceil()
+        rows, columns = (
+            (at >= first[..., axis, None]) & (at < behind[..., axis, None])
+            for axis, at in enumerate(torch.arange(n, device=boxes.device) for n in size)
+        )
+        there = rows[..., None] & columns[..., None, :] & (boxes[..., 0] >= 0)[..., None, None]
+        cells = (behind - first).prod(-1).clamp(min=1)
+        found: Tensor = (there / cells[..., None, None]).amax(1)
+        return found
 
     def score(self, answers: Tensor, targets: tuple[Tensor, ...]) -> Score:
         """COCO's mean average precision, with a bootstrap interval over images.
@@ -255,17 +374,15 @@ def _class_loss(decoding: Decoding, classes: Tensor, wanted: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(classes, wanted, reduction="none").sum(-1)
 
 
-def _divergence(decoding: Decoding, classes: Tensor, wanted: Tensor) -> Tensor:
-    """(N, A) KL of the classes' distribution, or sum of those of each class by itself."""
-    if decoding.background:
-        return F.kl_div(classes.log_softmax(-1), wanted, reduction="none").sum(-1)
-    return _bernoulli_divergence(classes, wanted).sum(-1)
-
-
-def _bernoulli_divergence(logits: Tensor, wanted: Tensor) -> Tensor:
-    """Cross-entropy less the entropy of what is wanted, which no student can undercut."""
-    cross = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
-    return cross - F.binary_cross_entropy(wanted, wanted, reduction="none")
+def _distribution_focal_loss(logits: Tensor, wanted: Tensor) -> Tensor:
+    """(n,) cross-entropy of (n, 4, bins) with the two bins around (n, 4) distances, mean of 4."""
+    bins = logits.shape[-1]
+    wanted = wanted.clamp(0, bins - 1)
+    below = wanted.floor().clamp(max=bins - 2)
+    above = wanted - below
+    shares = logits.log_softmax(-1)
+    near, far = (shares.gather(-1, (below + i).long()[..., None])[..., 0] for i in (0, 1))
+    return -((1 - above) * near + above * far).mean(-1)
 
 
 def original_pixels(answers: Tensor, targets: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:

@@ -123,8 +123,9 @@ def test_a_run_with_hints_resumes_in_the_same_weights(tmp_path, monkeypatch):
     ("change", "error", "message"),
     [
         ({"teacher": None}, RecipeError, "hints come from a teacher"),
-        ({"teacher": TEACHER.module.forward}, ModelError, "single Network or module"),
-        ({"teacher": [TEACHER, TEACHER]}, ModelError, "single Network or module"),
+        ({"teacher": TEACHER.module.forward}, ModelError, "not callables alone"),
+        ({"hint_loss": "fitnet"}, RecipeError, "no hint_loss 'fitnet'; did you mean 'fitnets'"),
+        ({"hint_loss": "fgd"}, ModelError, "tells objects from the background by their boxes"),
         ({"hints": ["stages.9"]}, ModelError, "'stages.9'"),
         ({"hints": [("stages.0", "stage.0")]}, ModelError, "did you mean 'stages.0'"),
         ({"hint_weight": -1.0}, RecipeError, "hint_weight is -1"),
@@ -155,7 +156,7 @@ def test_answers_are_the_teachers_in_half_precision(tmp_path):
     assert ask is not None
     views = torch.cat(list(view_batches(DATA, 64)))
     keys = torch.tensor([100, 3, 191])
-    outputs, features = ask((views[keys],), keys)
+    (outputs,), features = ask((views[keys],), keys)
     with torch.no_grad():
         wanted = TEACHER(views[keys])
         inner = TEACHER.module.stages[0](TEACHER.module.stem(views[keys]))
@@ -212,7 +213,7 @@ def test_answers_of_several_tensors_are_kept_as_they_come(tmp_path, kind):
     assert ask is not None
     views = torch.cat(list(view_batches(DATA, 64)))
     keys = torch.tensor([100, 3, 191])
-    outputs, features = ask((views[keys],), keys)
+    (outputs,), features = ask((views[keys],), keys)
     assert type(outputs) is kind and not features
     wanted = teacher(views[keys])
     names = list(wanted) if kind is dict else range(2)

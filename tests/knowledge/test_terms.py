@@ -31,7 +31,7 @@ def tempered_kl() -> float:
 
 def teacher(inputs: tuple[torch.Tensor, ...], keys: torch.Tensor | None):
     assert len(inputs) == 1  # a teacher sees no labels
-    return torch.from_numpy(TEACHER), {}
+    return [torch.from_numpy(TEACHER)], {}
 
 
 def terms(task, ask, alpha: float) -> dict[str, float]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import sys
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,11 +17,12 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 
 from edgekd.errors import DataError, MissingPackageError, ModelError, RecipeError
+from edgekd.knowledge.detection import joined
 from edgekd.models.detector import detector
 from edgekd.network import IO, Network
 from edgekd.tasks import average_precision
 from edgekd.tasks.base import get_task
-from edgekd.tasks.decoding import Decoding, Level, anchors, boxes_of, scores_of
+from edgekd.tasks.decoding import Decoding, Level, anchors, boxes_of, detect, scores_of
 from edgekd.tasks.detection import Detection, pairwise_iou
 
 DECODING = Decoding(
@@ -402,9 +405,219 @@ def test_a_student_like_its_teacher_has_nothing_to_learn():
     assert float(ours[0].grad.abs().max()) < 1e-6
 
 
-def test_a_teacher_with_other_heads_is_refused():
-    with pytest.raises(ModelError, match=r"the teacher's \[\(3, 80, 5\), \(3, 80, 4\)\]"):
+def test_a_teacher_with_other_classes_is_refused():
+    with pytest.raises(ModelError, match=r"classes are \(3, 80, 3\), the teacher's \(3, 80, 5\)"):
         TASK.distillation(outputs(), outputs(k=5))
+
+
+def test_teachers_are_averaged_anchor_by_anchor():
+    ours, first, second = (outputs(seed) for seed in range(3))
+    loss = float(TASK.distillation(ours, first, second))
+    p = ours[0].sigmoid().numpy()
+    q = [x[0].sigmoid().numpy() for x in (first, second)]
+    each = [x.max(-1) for x in q]
+    mean, weight = (q[0] + q[1]) / 2, (each[0] + each[1]) / 2
+    kl = (mean * np.log(mean / p) + (1 - mean) * np.log((1 - mean) / (1 - p))).sum(-1)
+    a, *b = (boxes_of(DECODING, x[1]).numpy() for x in (ours, first, second))
+    goal = sum(w[..., None] * box for w, box in zip(each, b, strict=True))
+    goal = (goal / sum(each)[..., None]).reshape(-1, 4)
+    pairs = zip(a.reshape(-1, 4), goal, strict=True)
+    giou = np.array([overlap(x, y)[1] for x, y in pairs]).reshape(3, A)
+    assert loss == pytest.approx((weight * (kl + 2.5 * (1 - giou))).sum() / weight.sum(), rel=1e-6)
+    assert float(TASK.distillation(ours, first, first)) == pytest.approx(
+        float(TASK.distillation(ours, first))
+    )
+
+
+def test_classes_are_found_by_their_names():
+    io = IO(inputs=(), outputs=(), labels=("cat", "dog", "owl"), decoding=DECODING)
+    theirs = io.model_copy(update={"labels": ("owl", "ant", "cat", "dog")})
+    task = Detection().of(io, [theirs])
+    ours, wide = outputs(0), outputs(1, 4)
+    loss = task.distillation(ours, wide)
+    same = TASK.distillation(ours, (wide[0][..., [2, 3, 0]], wide[1]))
+    assert float(loss) == pytest.approx(float(same))
+    found = answer((0, 0, 8, 8, 0.9, 0), (0, 0, 9, 9, 0.8, 1), (1, 1, 8, 8, 0.7, 3))
+    translated = task.teachers[0].detections(DECODING, found)
+    assert translated[0, :3, 5].tolist() == [2, -1, 1]
+    with pytest.raises(ModelError, match="no class 'owl'"):
+        Detection().of(io, [io.model_copy(update={"labels": ("cat", "dog", "ow")})])
+
+
+def test_a_teacher_of_another_size_of_images_is_refused():
+    io = IO(inputs=(), outputs=(), decoding=DECODING)
+    other = io.model_copy(update={"decoding": DECODING.model_copy(update={"image": (32, 64)})})
+    with pytest.raises(ModelError, match=r"for images of \(32, 64\), the student's for \(64, 64\)"):
+        Detection().of(io, [other])
+
+
+# ---- distributions of edges --------------------------------------------------------------------
+
+EDGES = DECODING.model_copy(update={"boxes": "distribution", "bins": 6})
+
+
+def edges(seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(3, A, 24, generator=generator, dtype=torch.float64)
+    return outputs(seed)[0], 2 * logits
+
+
+def shares_of(logits: Tensor, temperature: float = 1.0) -> np.ndarray:
+    e = np.exp(logits.numpy().reshape(3, A, 4, 6) / temperature)
+    return e / e.sum(-1, keepdims=True)
+
+
+def test_a_distance_is_the_mean_of_its_distribution():
+    _, logits = edges()
+    at = anchors(EDGES).double().numpy()
+    far = (shares_of(logits) * np.arange(6)).sum(-1) * np.tile(at[:, 2:] - at[:, :2], 2)
+    centre = (at[:, :2] + at[:, 2:]) / 2
+    wanted = np.concatenate([centre - far[..., :2], centre + far[..., 2:]], -1)
+    np.testing.assert_allclose(boxes_of(EDGES, logits), wanted, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("boxes", "bins"), [("distribution", 0), ("distribution", 1), ("offset", 4)]
+)
+def test_bins_go_with_distributions(boxes, bins):
+    with pytest.raises(ValueError, match=f"bins is {bins} with boxes"):
+        Decoding(image=(8, 8), levels=DECODING.levels, boxes=boxes, bins=bins)
+
+
+def test_a_distribution_learns_the_two_bins_around_its_distance():
+    classes, logits = edges()
+    task = Detection(decoding=EDGES, distribution_weight=0.25)
+    with_term = float(task.loss((classes, logits), (truths(),)))
+    without = float(Detection(decoding=EDGES, distribution_weight=0).loss((classes, logits),
+                                                                          (truths(),)))  # fmt: skip
+    boxes = boxes_of(EDGES, logits).numpy()
+    assigned = by_hand(classes.sigmoid().numpy(), boxes, truths().double().numpy(), 13)
+    shares, at, term, total = shares_of(logits), anchors(EDGES).double().numpy(), 0.0, 0.0
+    for image, rows in enumerate(assigned):
+        real = [row for row in truths()[image].double().numpy() if row[0] >= 0]
+        for a, (_, score, iou, _) in rows.items():
+            total += score
+            (box,) = (r[1:] for r in real if overlap(boxes[image, a], r[1:])[0] == iou)
+            centre, size = (at[a, :2] + at[a, 2:]) / 2, at[a, 2:] - at[a, :2]
+            for side in range(4):
+                edge = box[side]
+                away = (centre[side] - edge if side < 2 else edge - centre[side - 2]) / size[
+                    side % 2
+                ]
+                away = min(max(away, 0), 5)
+                low = min(int(away), 4)
+                p = shares[image, a, side]
+                term -= score / 4 * ((low + 1 - away) * np.log(p[low])
+                                     + (away - low) * np.log(p[low + 1]))  # fmt: skip
+    assert with_term - without == pytest.approx(0.25 * term / max(total, 1), rel=1e-5)
+
+
+def test_edges_are_distilled_at_a_temperature():
+    ours, theirs = edges(0), edges(1)
+    term = float(Detection(decoding=EDGES, classes=K).distillation(ours, theirs)) - float(
+        Detection(decoding=EDGES, classes=K, distribution_weight=0).distillation(ours, theirs)
+    )
+    s, t = (shares_of(x[1], 10.0) for x in (ours, theirs))
+    weight = theirs[0].sigmoid().numpy().max(-1)
+    kl = 100 * (t * np.log(t / s)).mean((-2, -1))
+    assert term == pytest.approx(0.25 * (weight * kl).sum() / weight.sum(), rel=1e-5)
+
+
+def test_numbers_teach_distributions_by_boxes_alone():
+    numbers = IO(inputs=(), outputs=(), decoding=DECODING)
+    task = Detection().of(numbers.model_copy(update={"decoding": EDGES}), [numbers])
+    ours, theirs = edges(0), outputs(1)
+    loss = task.distillation(ours, theirs)
+    assert float(loss) == pytest.approx(
+        float(replace(task, distribution_weight=9.0).distillation(ours, theirs))
+    )
+    assert float(loss) > 0
+
+
+# ---- teachers with other heads -----------------------------------------------------------------
+
+
+def test_boxes_of_a_teacher_are_learnt_as_far_as_it_is_sure():
+    found = torch.full((3, 100, 6), -1.0)
+    sure = torch.tensor([[0.9, 0.4, -1], [0.7, -1, -1], [-1, -1, -1]])
+    found[:, :3] = torch.cat([truths()[..., 1:], sure[..., None], truths()[..., :1]], -1)
+    found[2, 0] = torch.tensor([3, 3, 30, 30, 0.05, 1.0])  # less than is learnt from
+    loss = float(TASK.distillation(outputs(), found))
+    classes, numbers = outputs()
+    p, boxes = classes.sigmoid().numpy(), boxes_of(DECODING, numbers).numpy()
+    assigned = by_hand(p, boxes, truths().double().numpy(), 13)
+    wanted, apart, total = np.zeros((3, A, K)), 0.0, 0.0
+    for image, rows in enumerate(assigned):
+        for a, (k, score, iou, giou) in rows.items():
+            real = truths()[image].double().numpy()
+            ious = [overlap(boxes[image, a], each[1:])[0] for each in real[:2]]
+            row = next(r for r in range(2) if real[r, 0] == k and ious[r] == iou)
+            share = score * float(sure[image, row])
+            wanted[image, a, k] = share
+            apart, total = apart + share * (1 - giou), total + share
+    entropy = -(wanted * np.log(p) + (1 - wanted) * np.log(1 - p)).sum()
+    assert loss == pytest.approx((entropy + 2.5 * apart) / max(total, 1), rel=1e-5)
+
+
+def test_a_teacher_with_other_strides_and_scores_teaches_by_its_boxes():
+    theirs = Decoding(
+        image=(64, 64), boxes="offset", scores="softmax",
+        levels=(Level(grid=(6, 6), stride=(11, 11), sizes=((20, 20), (30, 15))),),
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    classes = 3 * torch.randn(3, 72, K + 1, generator=generator)
+    raw = (classes, torch.randn(3, 72, 4, generator=generator) * 0.1)
+    io = IO(inputs=(), outputs=(), decoding=DECODING)
+    task = Detection().of(io, [io.model_copy(update={"decoding": theirs})])
+    loss = float(task.distillation(outputs(), raw))
+    assert loss == pytest.approx(float(TASK.distillation(outputs(), detect(theirs, raw))))
+    both = Detection().of(io, [io, io.model_copy(update={"decoding": theirs})])
+    dense = outputs(1)
+    fused = joined([detect(DECODING, dense).float(), detect(theirs, raw)])
+    assert float(both.distillation(outputs(), dense, raw)) == pytest.approx(
+        float(TASK.distillation(outputs(), fused)), rel=1e-4
+    )
+
+
+def test_a_single_output_that_is_no_detections_is_refused():
+    with pytest.raises(ModelError, match=r"single output is \(3, 80, 7\); detections are"):
+        TASK.distillation(outputs(), torch.zeros(3, 80, 7))
+
+
+def test_boxes_that_several_see_are_joined():
+    one = answer((10, 10, 30, 30, 0.8, 1), (40, 40, 60, 60, 0.6, 0))
+    two = answer((12, 10, 32, 30, 0.4, 1), (40, 40, 60, 60, 0.5, 2))
+    found = joined([one, two])
+    assert found.shape == (1, 10, 6)
+    rows = {int(row[5]): row[:5].tolist() for row in found[0] if row[5] >= 0}
+    assert rows == {
+        1: pytest.approx([10 + 2 / 3, 10, 30 + 2 / 3, 30, 0.6]),
+        0: pytest.approx([40, 40, 60, 60, 0.3]),
+        2: pytest.approx([40, 40, 60, 60, 0.25]),
+    }
+    assert joined([one]) is one
+
+
+# ---- objects and background --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(8, 8), (5, 3)])
+def test_every_object_counts_once_over_its_cells(size):
+    found = TASK.foreground((truths(),), size)
+    assert found is not None
+    wanted = np.zeros((3, *size))
+    for image, rows in enumerate(truths().double().numpy()):
+        for kind, left, top, right, bottom in rows:
+            if kind < 0:
+                continue
+            y, x = size[0] / 64, size[1] / 64
+            ends = [math.floor(top * y), math.ceil(bottom * y),
+                    math.floor(left * x), math.ceil(right * x)]  # fmt: skip
+            cells = (ends[1] - ends[0]) * (ends[3] - ends[2])
+            part = wanted[image, ends[0] : ends[1], ends[2] : ends[3]]
+            np.maximum(part, 1 / cells, out=part)
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    assert found[2].max() == 0 < found[1].max()
 
 
 # ---- the task of a network ---------------------------------------------------------------------

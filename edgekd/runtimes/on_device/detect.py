@@ -66,7 +66,7 @@ def anchors(decoding):
 
 
 def boxes_of(decoding, regression):
-    """(A, 4) raw numbers to left, top, right, bottom, cut to the input."""
+    """(A, 4 * B) raw numbers to left, top, right, bottom, cut to the input."""
     at = anchors(decoding)
     size, centre = at[:, 2:] - at[:, :2], (at[:, :2] + at[:, 2:]) / 2
     limit = np.float32(decoding["largest"])
@@ -78,6 +78,11 @@ def boxes_of(decoding, regression):
     else:
         if decoding["boxes"] == "log_distance":
             regression = np.exp(np.minimum(regression, limit))
+        elif decoding["boxes"] == "distribution":
+            logits = regression.reshape(len(regression), 4, -1)
+            shares = np.exp(logits - logits.max(2, keepdims=True))
+            bins = np.arange(logits.shape[2], dtype=np.float32)
+            regression = (shares / shares.sum(2, keepdims=True)).dot(bins)
         before, behind = regression[:, :2] * size, regression[:, 2:] * size
         edges = np.concatenate([centre - before, centre + behind], 1)
     height, width = decoding["image"]
