@@ -29,7 +29,10 @@ Changes = Annotated[
 Out = Annotated[Path, typer.Option(help="The folder to write to.")]
 TargetOption = Annotated[str, typer.Option(help="A target's name (edgekd targets).")]
 TeacherOption = Annotated[
-    Path | None, typer.Option(help="A network to learn from; none: labels only.")
+    list[Path] | None,
+    typer.Option(
+        help="A network to learn from, or an ONNX file; repeatable: an ensemble; none: labels only."
+    ),
 ]
 Trust = Annotated[
     bool, typer.Option("--trust", help="Run a model's factory outside edgekd, torchvision, timm.")
@@ -61,6 +64,14 @@ def _load(folder: Path | None, trust: bool) -> Any:
     from edgekd.network import Network
 
     return None if folder is None else Network.load(folder, trust=trust)
+
+
+def _teachers(paths: list[Path] | None, trust: bool) -> Any:
+    from edgekd.knowledge.teachers import OnnxTeacher
+
+    return [
+        OnnxTeacher(path) if path.suffix == ".onnx" else _load(path, trust) for path in paths or ()
+    ] or None
 
 
 def _stage(
@@ -109,18 +120,20 @@ def distill(
     """Train a float network, from a teacher or plainly.
 
     Example: edgekd distill --recipe my.toml --teacher runs/my/teacher-1a2b --out student
+
+    Example: edgekd distill --recipe my.toml --teacher wide --teacher theirs.onnx --out student
     """
     from edgekd.pipeline import new_network
     from edgekd.stages.distill import distill as verb
 
     given = _given(recipe, change)
     options = given.recipe.distill.model_dump()
-    if teacher is None:
+    if not teacher:
         options["hints"] = ()
     net = _load(student, trust) or new_network(given.recipe.student, given.data, given.recipe)
     inputs = {"distill": student, "teacher": teacher, "recipe": given.recipe.model_dump()}
     _stage(out, inputs, given, lambda run: verb(
-        net, teacher=_load(teacher, trust), run=run, **given.learning, **options
+        net, teacher=_teachers(teacher, trust), run=run, **given.learning, **options
     ))  # fmt: skip
 
 
@@ -155,7 +168,7 @@ def prune(
         if given.recipe.prune is None:
             raise RecipeError(f"{recipe} has no [prune] section; add one, or leave --recipe out")
         options = given.recipe.prune.model_dump() | given.learning
-        if teacher is None:
+        if not teacher:
             options["hints"] = ()
     if any(goal is not None for goal in goals.values()):
         options |= goals
@@ -169,7 +182,7 @@ def prune(
     plain = {name: value for name, value in options.items() if name not in ("task", "data")}
     inputs = {"prune": network, "teacher": teacher, "target": target, "options": plain}
     _stage(out, inputs, given, lambda run: verb(
-        net, target=target, teacher=_load(teacher, trust), run=run, **options
+        net, target=target, teacher=_teachers(teacher, trust), run=run, **options
     ))  # fmt: skip
 
 
@@ -190,13 +203,13 @@ def quantize(
 
     given = _given(recipe, change)
     options = given.recipe.quantize.model_dump()
-    if teacher is None:
+    if not teacher:
         options["hints"] = ()
     net = _load(network, trust)
     inputs = {"quantize": network, "teacher": teacher, "target": target,
               "recipe": given.recipe.model_dump()}  # fmt: skip
     _stage(out, inputs, given, lambda run: verb(
-        net, target=target, teacher=_load(teacher, trust), run=run, **given.learning, **options
+        net, target=target, teacher=_teachers(teacher, trust), run=run, **given.learning, **options
     ))  # fmt: skip
 
 

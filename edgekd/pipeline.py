@@ -40,7 +40,7 @@ from edgekd.models.build import build_module, load_weights, source_sha256, weigh
 from edgekd.network import Network
 from edgekd.quantization.placement import describe, left_in_float
 from edgekd.quantization.sensitivity import Sensitivity
-from edgekd.recipe import PruneSection, Recipe, StudentSection
+from edgekd.recipe import PruneSection, Recipe, StudentSection, TeacherSection
 from edgekd.reporting.progress import console
 from edgekd.reporting.report import (
     ArtifactRow,
@@ -67,6 +67,12 @@ from edgekd.training import evaluate, fabric, gather, predict
 
 # raised when a stage's meaning changes, so that folders of older versions are not taken for it
 STAGE_VERSIONS = {"choice": 1, "teacher": 1, "distill": 1, "prune": 1, "quantize": 1, "export": 2}
+
+
+TEACHER_REMEDY = (
+    "give teacher.model with teacher.weights (a trained state dict) or teacher.epochs (to train it "
+    "here)"
+)
 
 
 @dataclass(frozen=True)
@@ -159,27 +165,33 @@ class _Run:
     def report(self) -> Report:
         """Every stage in order, then the report."""
         choice = self._chosen()
-        teacher = self.teacher()
-        distilled = student = self.student(teacher)
-        stages = [self._row("student", student, "distilled from the teacher")]
+        teacher, *others = self.teachers()
+        taught = [teacher, *others]
+        distilled = student = self.student(taught)
+        stages = [
+            self._row(f"teacher {number}", other, self._teacher_note(number - 1))
+            for number, other in enumerate(others, 2)
+        ]
+        source = "the teachers" if others else "the teacher"
+        stages.append(self._row("student", student, f"distilled from {source}"))
         if self.recipe.prune is not None:
-            student = self.pruned(self.recipe.prune, student, teacher)
+            student = self.pruned(self.recipe.prune, student, taught)
             stages.append(self._row("pruned", student, self._prune_note(self.recipe.prune)))
         quantized: dict[QuantScheme, Node] = {}
         controls: list[ControlRow] = []
         if self.recipe.controls:
-            controls = self.controls(teacher, distilled, student)
+            controls = self.controls(taught, distilled, student)
         for target in self.targets:
             scheme = target.scheme
             if scheme is None:
                 console.print(f"{target.name}: quantize is skipped{target.why_float}")
             if scheme is None or scheme in quantized:
                 continue
-            quantized[scheme] = node = self.quantized(target, student, teacher)
+            quantized[scheme] = node = self.quantized(target, student, taught)
             name = f"quantized{'' if len(quantized) == 1 else f' {len(quantized)}'}"
             stages.append(self._row(name, node, self._quantize_note(node)))
             if self.recipe.controls and self.recipe.quantize.epochs:
-                plain = self.quantized(target, student, teacher, epochs=0)
+                plain = self.quantized(target, student, taught, epochs=0)
                 controls.append(self._control("post-training only", plain, name, node))
             if self.recipe.controls and target.runtime == "openvino":
                 controls += self._nncf(target, student, name, node)
@@ -193,7 +205,7 @@ class _Run:
             latencies += of_teacher
         budgets = [] if choice is None else self._budgets(choice, rows)
         teacher_row = TeacherRow(
-            **self._row("teacher", teacher, self._teacher_note()).model_dump(),
+            **self._row("teacher", teacher, self._teacher_note(0)).model_dump(),
             latency=tuple(latencies),
         )
         report = Report(
@@ -255,14 +267,21 @@ class _Run:
 
     # ---- networks ----------------------------------------------------------------------------
 
-    def teacher(self) -> Node:
+    @property
+    def _teacher_sections(self) -> list[TeacherSection]:
+        first = self.recipe.teacher
+        return [*([] if first is None else [first]), *self.recipe.teachers]
+
+    def teachers(self) -> list[Node]:
+        """At least one."""
+        if not (sections := self._teacher_sections):
+            raise RecipeError(f"teacher: there is none; {TEACHER_REMEDY}")
+        return [self.teacher(section) for section in sections]
+
+    def teacher(self, section: TeacherSection) -> Node:
         """Given by its weights, trained further if `epochs`; or trained from scratch."""
-        section = self.recipe.teacher
-        if section is None or not (section.weights or section.epochs or section.brings_weights):
-            raise RecipeError(
-                "teacher: there is none; give teacher.model with teacher.weights (a trained "
-                "state dict) or teacher.epochs (to train it here)"
-            )
+        if not (section.weights or section.epochs or section.brings_weights):
+            raise RecipeError(f"teacher: {section.model} is not trained; {TEACHER_REMEDY}")
         options = section.model_dump(include={"epochs", "batch_size", "lr", "weight_decay"})
 
         def make(run: RunDir) -> Network:
@@ -275,62 +294,65 @@ class _Run:
 
         return self._stage("teacher", self._inputs(section, options), make)
 
-    def student(self, teacher: Node | None, **changes: Any) -> Node:
-        """Distilled from the teacher; with `changes`, or without a teacher, a control arm."""
+    def student(self, teachers: list[Node], **changes: Any) -> Node:
+        """Distilled from the teachers; with `changes`, or without one, a control arm."""
         section, options = self.recipe.student, self.recipe.distill.model_dump() | changes
 
         def make(run: RunDir) -> Network:
             return distill(
-                self._network(section), teacher=None if teacher is None else teacher.net, run=run,
+                self._network(section), teacher=_nets(teachers) or None, run=run,
                 **self._learning, **options,
             )  # fmt: skip
 
-        inputs = self._inputs(section, options) | {
-            "teacher": None if teacher is None else teacher.key
-        }
+        inputs = self._inputs(section, options) | {"teacher": _keys(teachers)}
         return self._stage("distill", inputs, make)
 
-    def pruned(self, section: PruneSection, student: Node, teacher: Node) -> Node:
+    def pruned(self, section: PruneSection, student: Node, teachers: list[Node]) -> Node:
         """Narrowed to widths that all targets take, and retrained if `epochs`."""
         options = section.model_dump() | {"round_to": multiple(self.recipe, self.targets)}
 
         def make(run: RunDir) -> Network:
-            return prune(student.net, teacher=teacher.net, run=run, **self._learning, **options)
+            return prune(student.net, teacher=_nets(teachers), run=run, **self._learning, **options)
 
         inputs = {
             "student": student.key,
-            "teacher": teacher.key,
+            "teacher": _keys(teachers),
             "options": options,
             "torch-pruning": version("torch-pruning"),
         }
         return self._stage("prune", inputs, make)
 
-    def quantized(self, target: Target, student: Node, teacher: Node, **changes: Any) -> Node:
-        """Quantized for the target's scheme; trained with the teacher if `epochs`."""
+    def quantized(
+        self, target: Target, student: Node, teachers: list[Node], **changes: Any
+    ) -> Node:
+        """Quantized for the target's scheme; trained with the teachers if `epochs`."""
         options = self.recipe.quantize.model_dump() | changes
         assert target.scheme is not None
 
         def make(run: RunDir) -> Network:
             return quantize(
-                student.net, target=target, teacher=teacher.net, run=run,
+                student.net, target=target, teacher=_nets(teachers), run=run,
                 **self._learning, **options,
             )  # fmt: skip
 
         inputs = {
             "student": student.key,
-            "teacher": teacher.key,
+            "teacher": _keys(teachers),
             "scheme": target.scheme.model_dump(mode="json"),
             "options": options,
         }
         return self._stage("quantize", inputs, make)
 
-    def controls(self, teacher: Node, distilled: Node, student: Node) -> list[ControlRow]:
+    def controls(self, teachers: list[Node], distilled: Node, student: Node) -> list[ControlRow]:
         """Float stages beside the same without what each is for, on the same images."""
-        alone = self.student(None, hints=())
+        alone = self.student([], hints=())
         rows = [self._control("without a teacher", alone, "student", distilled)]
         if self.recipe.distill.hints:
-            plain = self.student(teacher, hints=())
+            plain = self.student(teachers, hints=())
             rows.append(self._control("without hints", plain, "student", distilled))
+        if len(teachers) > 1:
+            single = self.student(teachers[:1])
+            rows.append(self._control("the first teacher alone", single, "student", distilled))
         if student is not distilled:
             rows.append(self._control("not pruned", distilled, "pruned", student))
         return rows
@@ -574,9 +596,8 @@ class _Run:
             if table.is_file() else None,
         )  # fmt: skip
 
-    def _teacher_note(self) -> str:
-        section = self.recipe.teacher
-        assert section is not None
+    def _teacher_note(self, index: int) -> str:
+        section = self._teacher_sections[index]
         trained = f"trained here for {section.epochs} epochs" if section.epochs else ""
         given = f"weights from {section.weights}" if section.weights else ""
         return ", then ".join(part for part in (given, trained) if part)
@@ -595,6 +616,16 @@ class _Run:
         kept = ", ".join(node.net.float_layers)
         note += f"; {describe(floating)} in float" if floating else ""
         return note + (f" (layers {kept})" if kept else "")
+
+
+def _nets(teachers: list[Node]) -> list[Network]:
+    return [teacher.net for teacher in teachers]
+
+
+def _keys(teachers: list[Node]) -> str | list[str] | None:
+    """As earlier versions wrote it of one teacher, whose folders they still name."""
+    keys = [teacher.key for teacher in teachers]
+    return keys if len(keys) > 1 else next(iter(keys), None)
 
 
 def _choose(

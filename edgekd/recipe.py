@@ -183,6 +183,7 @@ class Recipe(_Section):
     """What to do, from data to artifacts.
 
     Attributes:
+        teachers: further ones beside the first: the student learns from the ensemble.
         targets: names; in a recipe's file also a table of them, with their devices.
         devices: target -> the link that its artifacts are measured over.
     """
@@ -196,6 +197,7 @@ class Recipe(_Section):
     task: TaskSection = TaskSection()
     data: DataSection
     teacher: TeacherSection | None = None
+    teachers: tuple[TeacherSection, ...] = ()
     student: ChosenSection
     distill: DistillSection
     prune: PruneSection | None = None
@@ -403,6 +405,7 @@ def _relative_to(recipe: Recipe, folder: Path) -> Recipe:
         update={
             "data": moved(moved(moved(recipe.data, "root"), "annotations"), "images"),
             "teacher": moved(recipe.teacher, "weights"),
+            "teachers": tuple(moved(each, "weights") for each in recipe.teachers),
             "student": moved(recipe.student, "weights"),
         }
     )

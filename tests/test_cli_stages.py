@@ -12,7 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from edgekd.cli import app
-from edgekd.errors import RecipeError, StateError
+from edgekd.errors import ModelError, RecipeError, StateError
 from edgekd.network import Network
 from edgekd.stages.verify import Parity
 
@@ -95,6 +95,15 @@ def test_each_stage_writes_a_network_that_loads(project):
     assert (
         "hints" not in (project / "teacher" / "metrics.jsonl").read_text()
     )  # nothing to take from
+
+
+def test_several_teachers_and_an_onnx_file_teach(project):
+    call(project, "export teacher --target host-onnxruntime --out box")
+    call(project, "distill --recipe my.toml --set distill.epochs=1 --teacher student "
+                  "--teacher box/model.onnx --out taught")  # fmt: skip
+    assert "hints" in (project / "taught" / "metrics.jsonl").read_text()  # of the first
+    with pytest.raises(ModelError, match="not callables alone"):
+        call(project, "distill --recipe my.toml --teacher box/model.onnx --out untaught")
 
 
 def test_prune_alone_needs_no_recipe(project):

@@ -949,6 +949,25 @@ def test_controls_without_hints_prune_and_training_are_fewer(project, tmp_path, 
     ]
 
 
+def test_two_teachers_are_an_ensemble_beside_the_first_alone(project, tmp_path, calls):
+    second = '{ model = "quadrants_source:plain", kwargs = { width = 8 }, epochs = 1 }'
+    options = ("controls=true", f"teachers=[{second}]")
+    recipe = load(project, *POST_TRAINING, *options, targets=("board",))
+    report = pipeline.run(recipe, out=tmp_path)
+    assert [stage.name for stage in report.stages[:2]] == ["teacher 2", "student"]
+    assert report.stages[0].params < report.teacher.params
+    assert report.stages[1].note == "distilled from the teachers"
+    assert [row.name for row in report.controls] == [
+        "without a teacher", "the first teacher alone",
+    ]  # fmt: skip
+    assert report.controls[1].metric != report.stages[1].metric
+    # two teachers, the student, and two without one of them
+    assert calls["distill"] == 5
+    alone = load(project, *POST_TRAINING, targets=("board",))
+    assert pipeline.run(alone, out=tmp_path).stages[0].metric == report.controls[1].metric
+    assert calls["distill"] == 5
+
+
 @pytest.mark.skipif("intel-cpu" not in NATIVE, reason="openvino is not installed")
 def test_nncfs_integers_stand_beside_ours(project, tmp_path, monkeypatch, capsys):
     """A made-up NNCF, which gives the float model back: then the difference is that of floats."""

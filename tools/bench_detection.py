@@ -1,16 +1,15 @@
-"""What each stage is worth to a detector: BCCD, two teachers, three seeds.
+"""What each stage is worth to a detector: BCCD, two teachers, three seeds of student.
 
-    python tools/bench_detection.py bccd-coco.zip --tune          # choices, on a fifth of train
-    python tools/bench_detection.py bccd-coco.zip                 # the arms that are missing
-    python tools/bench_detection.py bccd-coco.zip --seeds 1       # of one seed; processes share them
-    python tools/bench_detection.py bccd-coco.zip --artifacts     # then, on a quiet machine
+    python tools/bench_detection.py bccd-coco.zip --tune        # choices, on a fifth of train
+    python tools/bench_detection.py bccd-coco.zip               # the arms that are missing
+    python tools/bench_detection.py bccd-coco.zip --seeds 1     # of one seed; processes share them
+    python tools/bench_detection.py bccd-coco.zip --artifacts   # then, on a quiet machine
 
 Every arm is a folder in runs/bench-detection ($BENCH_RUNS): killed and started again, the same
 command goes on. Each is scored on val and test together, once: choices are made on a fifth of
 train, by teachers that have not seen it either. Figures go to docs/bench/detection.json, their
-tables to docs/detection.md. The arms of one seed:
+tables to docs/detection.md. The teachers are trained once, on labels; the arms of one seed:
 
-    wide, deep     teachers, trained on labels
     alone          the student on labels only
     distilled      the same, from `wide`'s heads too
     from-deep      the same, from `deep`'s
@@ -26,8 +25,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -140,20 +137,20 @@ def arm(name: str, data: edgekd.Data, make: Callable[[RunDir], edgekd.Network]) 
 # ---- arms ----------------------------------------------------------------------------------------
 
 
-def teacher(name: str, seed: int, data: edgekd.Data, prefix: str = "") -> edgekd.Network:
+def teacher(name: str, data: edgekd.Data, prefix: str = "") -> edgekd.Network:
     """Trained on labels."""
     return arm(
-        f"{prefix}{name}-{seed}", data,
+        f"{prefix}{name}", data,
         lambda run: edgekd.distill(
-            new(TEACHERS[name], seed, data), task=task, data=data, run=run, seed=seed,
-            epochs=TEACHER_EPOCHS, **TRAINING,
+            new(TEACHERS[name], 0, data), task=task, data=data, run=run, epochs=TEACHER_EPOCHS,
+            **TRAINING,
         ),
     )  # fmt: skip
 
 
-def arms(seed: int, data: edgekd.Data) -> None:
+def arms(seed: int, data: edgekd.Data, last: str | None) -> None:
     """All arms of one seed, in the order in which they need one another."""
-    wide, deep = (teacher(name, seed, data) for name in TEACHERS)
+    wide, deep = (teacher(name, data) for name in TEACHERS)
     common: dict[str, Any] = {"task": task, "data": data, "seed": seed}
     learning = common | TRAINING | {"epochs": EPOCHS, "alpha": 0.5}
 
@@ -163,6 +160,10 @@ def arms(seed: int, data: edgekd.Data) -> None:
 
     arm(f"alone-{seed}", data, student())
     arm(f"distilled-{seed}", data, student(teacher=wide))
+    arm(f"from-deep-{seed}", data, student(teacher=deep))
+    arm(f"ensemble-{seed}", data, student(teacher=[wide, deep]))
+    if last == "ensemble":
+        return
     hinted = arm(f"hints-{seed}", data, student(teacher=wide, **HINTS))
     pruned = arm(
         f"pruned-{seed}", data,
@@ -173,8 +174,6 @@ def arms(seed: int, data: edgekd.Data) -> None:
     )  # fmt: skip
     arm(f"ptq-{seed}", data, lambda _: edgekd.quantize(pruned, target=TARGET, data=data))
     arm(f"qad-{seed}", data, integers(pruned, wide, TARGET, seed, data))
-    arm(f"from-deep-{seed}", data, student(teacher=deep))
-    arm(f"ensemble-{seed}", data, student(teacher=[wide, deep]))
 
 
 def integers(
@@ -190,7 +189,7 @@ def integers(
 def tune(data: edgekd.Data) -> None:
     """What to learn from a teacher, one seed, on the fifth of train that no arm here has seen."""
     data = tuning(data)
-    wide = teacher("wide", 0, data, "tune-")
+    wide = teacher("wide", data, "tune-")
     for loss in (None, "response", "fitnets", "pkd", "fgd"):
         hints = {"hints": "auto", "hint_loss": loss} if loss not in (None, "response") else {}
         arm(
@@ -316,12 +315,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=SEEDS, help="whose arms to make")
     parser.add_argument("--tune", action="store_true", help="the choices alone")
     parser.add_argument("--artifacts", action="store_true", help="export, verify and time seed 0")
+    parser.add_argument("--last", choices=["ensemble"], help="stop before what --tune decides")
     options = parser.parse_args()
     data = everything(options.root)
     if options.tune:
         return tune(data)
     for seed in options.seeds:
-        arms(seed, data)
+        arms(seed, data, options.last)
 
 
 if __name__ == "__main__":

@@ -90,9 +90,11 @@ class Chosen:
 
     @cached_property
     def fingerprint(self) -> str:
+        """SHA-256 of the other split and the choice."""
         return sha256(self._images.fingerprint.encode(), self._indices.numpy().data)
 
     def take(self, indices: Tensor) -> tuple[Tensor, ...]:
+        """Of the chosen images, as the other split gives them."""
         return self._images.take(self._indices[indices])
 
 

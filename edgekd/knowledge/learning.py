@@ -9,7 +9,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from edgekd.data.base import BatchSource
+from edgekd.data.base import BatchSource, Data
 from edgekd.errors import ModelError, RecipeError, nearest
 from edgekd.knowledge.cache import cached_teacher
 from edgekd.knowledge.feature import HINT_LOSSES, Hint, HintLoss
@@ -72,7 +72,8 @@ def learn(
     ask: Teacher | None = None
     keyed = False
     if teacher is not None:
-        taps, seen = list(dict.fromkeys(theirs for _, theirs in made)), student.io.preprocessing
+        taps = list(dict.fromkeys(theirs for _, theirs in made))
+        seen = data.preprocessing if isinstance(data, Data) else student.io.preprocessing
         if cache is not None:
             ask = cached_teacher(
                 teacher, data, folder=cache, device=on.device, taps=taps, seen=seen

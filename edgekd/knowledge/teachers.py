@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ Teacher = Callable[[tuple[Tensor, ...], Tensor | None], tuple[list[Any], Feature
 
 class OnnxTeacher:
     """A network of which there is but an ONNX file, run by ONNX Runtime on the CPU: a black box.
+
+    What is not given is taken from the manifest.json beside a file that edgekd wrote.
 
     Args:
         path: the file; it has one input, (N, C, H, W) in float32, with N free or fixed.
@@ -61,15 +64,27 @@ class OnnxTeacher:
                 f"{path} takes {list(zip(types, shapes, strict=True))}; a teacher takes one "
                 "float32 input of (N, C, H, W): wrap it in a function that feeds the rest"
             )
+        known = _manifest_io(path)
         self.io = IO(
             inputs=(Input(name="input", shape=tuple(shapes[0][1:])),), outputs=(),
-            preprocessing=preprocessing, labels=tuple(labels), decoding=decoding,
+            preprocessing=preprocessing or (known.preprocessing if known else None),
+            labels=tuple(labels) or (known.labels if known else ()),
+            decoding=decoding or (known.decoding if known else None),
         )  # fmt: skip
 
     def __call__(self, x: Tensor) -> Any:
         """(N, C, H, W) to its output, or to a tuple of them, in the file's order."""
         found = [torch.from_numpy(y).to(x.device) for y in self._session([x.cpu().numpy()])]
         return found[0] if len(found) == 1 else tuple(found)
+
+
+def _manifest_io(path: Path) -> IO | None:
+    """What the manifest beside a bundle's model file says of it."""
+    try:
+        manifest = json.loads(path.with_name("manifest.json").read_text())
+        return IO.model_validate(manifest["io"]) if manifest["file"] == path.name else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def members(teacher: TeacherLike | Sequence[TeacherLike]) -> list[TeacherLike]:

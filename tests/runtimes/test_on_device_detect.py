@@ -81,6 +81,7 @@ LEVELS = (
 CODINGS = [
     {"boxes": "distance"},
     {"boxes": "log_distance", "quality": True},
+    {"boxes": "distribution", "bins": 5},
     {"boxes": "offset", "weights": (10, 10, 5, 5), "scores": "softmax", "candidates_of": "class"},
     {"boxes": "distance", "candidates": 9, "detections": 7},
     {"boxes": "distance", "score_threshold": 0.999999},
@@ -92,8 +93,11 @@ def test_boxes_are_those_of_evaluation(coding):
     rules = Decoding(**({"image": (48, 64), "levels": LEVELS, "score_threshold": 0.2} | coding))
     generator = torch.Generator().manual_seed(0)
     anchors = 6 * 8 * 2 + 3 * 4
-    heads = [torch.randn(2, anchors, width, generator=generator) for width in (3, 4, 1)]
-    heads[1] = heads[1] * 0.5 + 1
+    heads = [
+        torch.randn(2, anchors, width, generator=generator)
+        for width in (3, 4 * max(rules.bins, 1), 1)
+    ]
+    heads[1] = heads[1] * (3 if rules.bins else 0.5) + 1
     heads = heads[: 2 + rules.quality]
     wanted = decoding.detect(rules, heads)
     for image in range(2):

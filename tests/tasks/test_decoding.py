@@ -44,7 +44,7 @@ def test_anchors_go_level_by_level_row_by_row():
     np.testing.assert_allclose(anchors(decoding()).numpy(), anchors_by_hand())
 
 
-@pytest.mark.parametrize("kind", ["distance", "log_distance", "offset"])
+@pytest.mark.parametrize("kind", ["distance", "log_distance", "distribution", "offset"])
 def test_boxes_are_those_of_the_papers(kind):
     at, numbers = anchors_by_hand(), raw()[1]
     numbers[0, 0] = [0.1, 0.2, 9, 9]  # beyond the clip of logarithms
@@ -55,10 +55,15 @@ def test_boxes_are_those_of_the_papers(kind):
         wanted = np.concatenate([middle - sides / 2, middle + sides / 2], -1)
     else:
         apart = np.exp(np.minimum(numbers, 1.5)) if kind == "log_distance" else numbers
+        if kind == "distribution":
+            numbers = np.random.default_rng(1).normal(0, 2, (*numbers.shape[:2], 4 * 5))
+            shares = np.exp(numbers.reshape(*numbers.shape[:2], 4, 5))
+            apart = (shares * np.arange(5)).sum(-1) / shares.sum(-1)
         wanted = np.concatenate(
             [centre - apart[..., :2] * size, centre + apart[..., 2:] * size], -1
         )
-    rules = decoding(boxes=kind, weights=(10, 10, 5, 5), largest=1.5)
+    bins = 5 if kind == "distribution" else 0
+    rules = decoding(boxes=kind, bins=bins, weights=(10, 10, 5, 5), largest=1.5)
     np.testing.assert_allclose(boxes_of(rules, torch.from_numpy(numbers)), wanted, rtol=1e-6)
 
 

@@ -467,15 +467,6 @@ def shares_of(logits: Tensor, temperature: float = 1.0) -> np.ndarray:
     return e / e.sum(-1, keepdims=True)
 
 
-def test_a_distance_is_the_mean_of_its_distribution():
-    _, logits = edges()
-    at = anchors(EDGES).double().numpy()
-    far = (shares_of(logits) * np.arange(6)).sum(-1) * np.tile(at[:, 2:] - at[:, :2], 2)
-    centre = (at[:, :2] + at[:, 2:]) / 2
-    wanted = np.concatenate([centre - far[..., :2], centre + far[..., 2:]], -1)
-    np.testing.assert_allclose(boxes_of(EDGES, logits), wanted, rtol=1e-6, atol=1e-6)
-
-
 @pytest.mark.parametrize(
     ("boxes", "bins"), [("distribution", 0), ("distribution", 1), ("offset", 4)]
 )

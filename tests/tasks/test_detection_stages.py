@@ -24,6 +24,7 @@ from torchvision.models.detection.fcos import FCOSHead
 import edgekd
 from edgekd.data.base import Data
 from edgekd.data.detection import AUGMENTATIONS, Boxed, Labelled, letterboxed
+from edgekd.knowledge.taps import pair_hints
 from edgekd.models.build import Build, build_module
 from edgekd.models.torchvision_detectors import as_network
 from edgekd.network import Network, Preprocessing
@@ -123,16 +124,70 @@ def test_a_pruned_detector_is_narrower_saved_and_loaded(trained, pruned, tmp_pat
 
 def test_a_teacher_of_the_same_heads_teaches_without_labels(trained):
     """Half as wide a student learns from the teacher alone."""
-    unlabelled = [
-        (x, torch.full_like(boxes, -1)) for x, boxes, *_ in edgekd.data.base.evaluation_batches(
-            DATA, split="train", batch_size=8)
-    ]  # fmt: skip
     student = edgekd.distill(
-        new_detector(scale=0.5), data=unlabelled, teacher=trained, alpha=1.0, epochs=25, lr=0.03,
+        new_detector(scale=0.5), data=UNLABELLED, teacher=trained, alpha=1.0, epochs=25, lr=0.03,
         **OPTIONS,
     )  # fmt: skip
     assert student.params < 0.3 * trained.params
     assert score(student).parts["mAP50"] > 0.6
+
+
+UNLABELLED = [
+    (x, torch.full_like(boxes, -1))
+    for x, boxes, *_ in edgekd.data.base.evaluation_batches(DATA, split="train", batch_size=8)
+]
+
+
+def test_a_teacher_of_another_family_teaches_without_labels(trained, fcos):
+    """Strides 8, 16 and 32, to strides 8 and 16 with a quality: by boxes alone."""
+    student = edgekd.distill(
+        new_fcos(), data=DATA, teacher=trained, alpha=1.0, epochs=15, lr=0.05, **OPTIONS
+    )
+    assert score(student).parts["mAP50"] > 0.6 * score(fcos).parts["mAP50"] > 0.1
+
+
+def logged(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_black_box_teaches_as_the_network_in_it(trained, tmp_path):
+    artifact = edgekd.export(trained, target="host-onnxruntime", out=tmp_path / "bundle")
+    black_box = edgekd.OnnxTeacher(artifact.path)  # what it is is in the manifest beside it
+    assert black_box.io.decoding == trained.io.decoding
+    terms = []
+    for name, teacher in (("box", black_box), ("network", trained)):
+        run = edgekd.rundir.RunDir(tmp_path / name)
+        edgekd.distill(new_detector(scale=0.5), data=DATA, teacher=teacher, epochs=1, lr=1e-3,
+                       run=run, **OPTIONS)  # fmt: skip
+        terms.append(logged(run.path)[0]["teacher"])
+    assert terms[0] == pytest.approx(terms[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("loss", ["fitnets", "pkd", "fgd"])
+def test_hints_come_from_the_pyramid(trained, loss, tmp_path):
+    student = new_detector(scale=0.5)
+    pairs = pair_hints("auto", student.module, trained.module, student.io.example(2))
+    assert [ours for ours, _ in pairs] == ["stages.0", "up.0", "down.0", "down.1"]
+    run = edgekd.rundir.RunDir(tmp_path)
+    edgekd.distill(student, data=DATA, teacher=trained, epochs=4, lr=0.03, hints="auto",
+                   hint_loss=loss, run=run, **OPTIONS)  # fmt: skip
+    terms = [row["hints"] for row in logged(tmp_path)]
+    assert terms[-1] < 0.95 * terms[0]
+
+
+def test_edges_as_distributions_are_learnt_and_distilled(tmp_path):
+    teacher = edgekd.distill(new_detector(bins=8), data=DATA, epochs=15, lr=0.03, **OPTIONS)
+    assert score(teacher).parts["mAP50"] > 0.5
+    run = edgekd.rundir.RunDir(tmp_path / "run")
+    student = edgekd.distill(
+        new_detector(bins=8, scale=0.5), data=DATA, teacher=teacher, alpha=0.5, epochs=8, lr=0.03,
+        run=run, **OPTIONS,
+    )  # fmt: skip
+    assert logged(run.path)[-1]["teacher"] < 0.7 * logged(run.path)[0]["teacher"]
+    net = edgekd.quantize(student, target="host-onnxruntime", data=DATA, accelerator="cpu")
+    artifact = edgekd.export(net, target="host-onnxruntime", out=tmp_path / "bundle")
+    parity = edgekd.verify(artifact, net, data=DATA, task=TASK, metric_gap=0.02)
+    assert parity.gate == "passed", parity.reasons
 
 
 @pytest.mark.parametrize("target", ["host-onnxruntime", "jetson-orin-nano"])
@@ -260,15 +315,18 @@ class Backbone(nn.Module):
         return {"0": fine, "1": self.coarse(fine)}
 
 
-@pytest.fixture(scope="module")
-def fcos() -> Network:
+def new_fcos() -> Network:
     torch.manual_seed(0)
     module = FCOS(
         Backbone(), 3, anchor_generator=AnchorGenerator(((8,), (16,)), ((1.0,),) * 2),
         head=FCOSHead(32, 1, 3, num_convs=1), score_thresh=0.05,
     )  # fmt: skip
-    net = as_network(module, (SIZE, SIZE), labels=CLASSES)
-    return edgekd.distill(net, data=DATA, epochs=15, lr=0.05, **OPTIONS)
+    return as_network(module, (SIZE, SIZE), labels=CLASSES)
+
+
+@pytest.fixture(scope="module")
+def fcos() -> Network:
+    return edgekd.distill(new_fcos(), data=DATA, epochs=15, lr=0.05, **OPTIONS)
 
 
 @pytest.mark.parametrize("target", ["host-onnxruntime", "jetson-orin-nano", "jetson-nano"])
