@@ -25,6 +25,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -36,8 +39,10 @@ import torch
 
 import edgekd
 from edgekd.data.base import Chosen
+from edgekd.data.detection import unpack
 from edgekd.data.readers import read_data
 from edgekd.files import write_atomically
+from edgekd.knowledge.feature import HINT_LOSSES
 from edgekd.latency.measuring import host_name, today
 from edgekd.models.build import Build, build_module
 from edgekd.rundir import RunDir
@@ -59,8 +64,10 @@ STUDENT = {"scale": 0.625}
 TEACHER_EPOCHS, EPOCHS, RETRAINED, QUANTIZED = 60, 40, 20, 4
 TRAINING: dict[str, Any] = {"batch_size": 8, "lr": 0.02}
 HINTS: dict[str, Any] = {"hints": "auto", "hint_loss": "pkd", "hint_weight": 1.0}
+TUNED = tuple(f"tune-{name}" for name in ("wide", "alone", "response", *HINT_LOSSES))
 TARGET = "host-onnxruntime"
 TARGETS = ("host-onnxruntime", "intel-cpu", "android-arm64", "jetson-nano", "jetson-orin-nano")
+SPLITS = ("test", "val")  # what is scored
 METRICS = ("mAP50", "mAP")
 # what the second arm has and the first has not
 QUESTIONS = {
@@ -108,7 +115,7 @@ def new(kwargs: dict[str, Any], seed: int, data: edgekd.Data) -> edgekd.Network:
 def detections(net: edgekd.Network, data: edgekd.Data) -> tuple[torch.Tensor, torch.Tensor]:
     """Of all splits but train, in pixels of the original images: (N, D, 6) and truth (N, M, 7)."""
     parts = []
-    for split in sorted(data.splits.keys() - {"train"}):
+    for split in SPLITS if "val" in data.splits else ("test",):
         one = replace(data, splits={"train": data.splits["train"], "test": data.splits[split]})
         parts.append(original_pixels(*gather(predict(net, one, on=fabric(), task=task))))
     most = max(truth.shape[1] for _, truth in parts)
@@ -190,13 +197,14 @@ def tune(data: edgekd.Data) -> None:
     """What to learn from a teacher, one seed, on the fifth of train that no arm here has seen."""
     data = tuning(data)
     wide = teacher("wide", data, "tune-")
-    for loss in (None, "response", "fitnets", "pkd", "fgd"):
-        hints = {"hints": "auto", "hint_loss": loss} if loss not in (None, "response") else {}
+    for name in TUNED[1:]:
+        loss = name.removeprefix("tune-")
+        hints = {"hints": "auto", "hint_loss": loss} if loss in HINT_LOSSES else {}
         arm(
-            f"tune-{loss or 'alone'}", data,
+            name, data,
             lambda run, loss=loss, hints=hints: edgekd.distill(
                 new(STUDENT, 0, data), task=task, data=data, run=run, epochs=EPOCHS, alpha=0.5,
-                teacher=wide if loss else None, **TRAINING, **hints,
+                teacher=None if loss == "alone" else wide, **TRAINING, **hints,
             ),
         )  # fmt: skip
 
@@ -233,7 +241,7 @@ def figures() -> dict[str, Any]:
     done = {path.parent.name: RunDir(path.parent).done() for path in RUNS.glob("*/done.json")}
     rows = {
         name: row | {f"{m} ci95": average_precision.interval(resampled(name)[m]) for m in METRICS}
-        for name, row in sorted(done.items()) if row is not None
+        for name, row in sorted(done.items()) if row and not name.startswith("tune-")
     }  # fmt: skip
     answers = {}
     for question, (control, name) in QUESTIONS.items():
@@ -259,35 +267,40 @@ def figures() -> dict[str, Any]:
         },
         "resamples": average_precision.RESAMPLES, "seeds": f"{len(whole)} of {len(SEEDS)}",
         "arms": rows, "differences": answers,
+        "tuning": {
+            name.removeprefix("tune-"): row for name in TUNED if (row := done.get(name)) is not None
+        },
     }  # fmt: skip
 
 
 # ---- artifacts -----------------------------------------------------------------------------------
 
 
-def artifacts(data: edgekd.Data, seed: int = 0) -> dict[str, Any]:
+def artifacts(data: edgekd.Data, root: Path, seed: int = 0) -> dict[str, Any]:
     """What ships of one seed: verified on every target, timed here beside the teacher."""
-    wide, pruned = (edgekd.Network.load(RUNS / f"{name}-{seed}") for name in ("wide", "pruned"))
-    quantized: dict[Any, edgekd.Network] = {}
+    wide, pruned = (edgekd.Network.load(RUNS / name) for name in ("wide", f"pruned-{seed}"))
+    quantized: dict[Any, tuple[str, edgekd.Network]] = {}
     rows = []
     for name in TARGETS:
         target = edgekd.Target.load(name)
-        nets = [pruned]
+        nets = [(f"pruned-{seed}", pruned)]
         if target.scheme is not None:
             if target.scheme not in quantized:
-                own = "qad" if name == TARGET else f"qad-{name}"
-                make = integers(pruned, wide, name, seed, data)
-                quantized[target.scheme] = arm(f"{own}-{seed}", data, make)
+                own = f"qad-{seed}" if name == TARGET else f"qad-{name}-{seed}"
+                made = arm(own, data, integers(pruned, wide, name, seed, data))
+                quantized[target.scheme] = own, made
             nets.append(quantized[target.scheme])
-        for net in nets:
+        for own, net in nets:
             folder = RUNS / "artifacts" / name / ("float" if net.scheme is None else "int8")
-            made = edgekd.export(net, target=target, out=folder)
-            parity = edgekd.verify(made, net, data=data, task=task, metric_gap=0.002)
+            artifact = edgekd.export(net, target=target, out=folder)
+            parity = edgekd.verify(artifact, net, data=data, task=task, metric_gap=0.002)
             row = json.loads(parity.model_dump_json())
             if target.native_here:
-                row["infer.py"] = by_infer(folder, data)
+                row["infer.py"] = by_infer(folder, root, own)
             rows.append(row)
-            print(name, made.precision, parity.gate, parity.agreement, *parity.reasons, flush=True)
+            print(
+                name, artifact.precision, parity.gate, parity.agreement, *parity.reasons, flush=True
+            )
     exported = [edgekd.export(wide, target=TARGET, out=RUNS / "artifacts" / "teacher")]
     for kind in ("float", "int8"):
         exported.append(edgekd.Artifact.load(RUNS / "artifacts" / TARGET / kind))
@@ -303,9 +316,87 @@ def artifacts(data: edgekd.Data, seed: int = 0) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def by_infer(folder: Path, data: edgekd.Data) -> dict[str, float]:
-    """mAP of the bundle's own `infer.py` over the test images, beside evaluation's."""
-    raise NotImplementedError
+def by_infer(folder: Path, root: Path, name: str) -> dict[str, float]:
+    """What the bundle's own `infer.py` scores on the image files, beside the arm of that name."""
+    place = unpack(root) if root.suffix == ".zip" else root
+    files = []
+    for split in SPLITS:
+        content = json.loads((place / "annotations" / f"instances_{split}.json").read_text())
+        files += [next(place.rglob(image["file_name"])) for image in content["images"]]
+    ran = subprocess.run(
+        [sys.executable, folder / "infer.py", "--json", "--score", "0", *files],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    truth = torch.from_numpy(np.load(RUNS / name / "found.npz")["truth"])
+    found = torch.full((len(files), average_precision.MOST, 6), -1.0)
+    for rows, line in zip(found, ran.stdout.splitlines(), strict=True):
+        boxes = torch.tensor(json.loads(line)["boxes"]).reshape(-1, 6)
+        rows[: len(boxes)] = boxes
+    mine = average_precision.match(found, truth, int(truth[..., 0].max()) + 1).only("all")
+    return {"infer.py": scores(mine)["mAP"], "evaluation": scores(matches(name))["mAP"]}
+
+
+def tables(result: dict[str, Any]) -> str:
+    """Markdown."""
+    arms_, epochs = result["arms"], result["epochs"]
+    images = next(iter(arms_.values()))["images"]
+    lines = [
+        "# A detector, stage by stage", "",
+        "Written by `tools/bench_detection.py`, which says what the arms are. BCCD (blood cells, "
+        f"205 training images), {images} images of val and test, scored once; teachers trained "
+        f"once for {epochs['teacher']} epochs, students of seeds 0, 1 and 2 ({result['seeds']} "
+        f"done) for {epochs['arm']}. Intervals: 95 %, from {result['resamples']} draws of the "
+        "images, the same for both arms of a pair; a gain is one whose interval excludes 0.",
+        "", "| what is added | mAP50, points more than without | each seed | mAP, likewise | "
+        "each seed |", "|---|---|---|---|---|",
+    ]  # fmt: skip
+    for question, answer in result["differences"].items():
+        ours, control = answer["arms"]
+        cells = []
+        for metric in METRICS:
+            of = answer[metric]
+            low, high = (100 * x for x in of["ci95"])
+            cells.append(f"{100 * of['mean']:+.1f} ({low:+.1f} to {high:+.1f})")
+            cells.append(", ".join(f"{100 * x:+.1f}" for x in of["each"]))
+        lines.append(f"| {question} (`{ours}` − `{control}`) | {' | '.join(cells)} |")
+    lines += ["", "| arm | mAP50, each seed | mAP, each seed | parameters | MACs |",
+              "|---|---|---|---|---|"]  # fmt: skip
+    for name in dict.fromkeys(re.sub(r"-\d$", "", name) for name in arms_):
+        rows = [row for key, row in arms_.items() if re.sub(r"-\d$", "", key) == name]
+        each = [", ".join(f"{100 * row[metric]:.1f}" for row in rows) for metric in METRICS]
+        lines.append(
+            f"| `{name}` | {each[0]} | {each[1]} | {rows[0]['params']:,} | "
+            f"{rows[0]['macs'] / 1e6:.1f} M |"
+        )
+    if tuned := result.get("tuning"):
+        count = next(iter(tuned.values()))["images"]
+        lines += ["", f"What was chosen by, on {count} training images that neither these arms "
+                  "nor their teacher saw (seed 0, once):", "", "| learnt from | mAP50 | mAP |",
+                  "|---|---|---|"]  # fmt: skip
+        lines += [f"| {name} | {100 * row['mAP50']:.1f} | {100 * row['mAP']:.1f} |"
+                  for name, row in tuned.items()]  # fmt: skip
+    if made := result.get("artifacts"):
+        timed = made["latency"]
+        medians = {name: float(np.median(ms)) for name, ms in timed["p50_ms"].items()}
+        whole = medians["teacher fp32"]
+        lines += ["", "## What ships of seed 0", "", "| target | precision | gate | agreement | "
+                  "mean difference, steps | integers | compiled for SM 8.6 | mAP of `infer.py`, "
+                  "of evaluation |", "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+        for row in made["rows"]:
+            steps = "" if row["mean_steps"] is None else f"{row['mean_steps']:.3f}"
+            compiled = row["compiled"]
+            built = "" if not compiled else f"{compiled['integer']} of {compiled['total']} Int8"
+            both = row.get("infer.py", {})
+            said = ", ".join(f"{100 * value:.2f}" for value in both.values())
+            lines.append(
+                f"| {row['target']} | {row['precision']} | {row['gate']} | "
+                f"{row['agreement']:.2%} | {steps} | {row['integer_share']:.0%} | {built} | "
+                f"{said} |"
+            )
+        lines += ["", f"Latency on {timed['host']} (host), {timed['target']}, one thread, batch 1, "
+                  f"three rounds in turns, {', '.join(timed['clock'])} clock:", ""]  # fmt: skip
+        lines += [f"- {n}: {ms:.2f} ms, {whole / ms:.1f}×" for n, ms in medians.items()]
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -322,6 +413,13 @@ def main() -> None:
         return tune(data)
     for seed in options.seeds:
         arms(seed, data, options.last)
+    kept = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    result = kept | figures() | {"host": host_name(), "date": today()}
+    if options.artifacts:
+        result["artifacts"] = artifacts(data, options.root)
+    write_atomically(RESULT, json.dumps(result, indent=1))
+    write_atomically(PAGE, tables(result))
+    return None
 
 
 if __name__ == "__main__":
