@@ -167,7 +167,6 @@ def arms(seed: int, data: edgekd.Data, last: str | None) -> None:
 
     arm(f"alone-{seed}", data, student())
     arm(f"distilled-{seed}", data, student(teacher=wide))
-    arm(f"from-deep-{seed}", data, student(teacher=deep))
     arm(f"ensemble-{seed}", data, student(teacher=[wide, deep]))
     if last == "ensemble":
         return
@@ -181,6 +180,7 @@ def arms(seed: int, data: edgekd.Data, last: str | None) -> None:
     )  # fmt: skip
     arm(f"ptq-{seed}", data, lambda _: edgekd.quantize(pruned, target=TARGET, data=data))
     arm(f"qad-{seed}", data, integers(pruned, wide, TARGET, seed, data))
+    arm(f"from-deep-{seed}", data, student(teacher=deep))
 
 
 def integers(
