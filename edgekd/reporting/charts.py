@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from numpy.typing import NDArray
 
 from edgekd.latency.measuring import Measurement
 from edgekd.reporting.report import Interval, Report, SampleRow, StageRow
@@ -23,6 +24,7 @@ GREY, WRONG = "#9498a0", "#c33333"
 SLOWEST = 15  # layers that are drawn each by itself
 PANELS, COLUMNS = 8, 4  # of curves: at most, and side by side
 LONGEST_NAME = 40
+LARGEST_BYTES = 110_000  # of a JPEG: 147 KB as a data URL
 
 
 def stage_chart(networks: Sequence[StageRow]) -> Figure:
@@ -31,7 +33,7 @@ def stage_chart(networks: Sequence[StageRow]) -> Figure:
     metric, params, macs = figure.subplots(1, 3, sharey=True, width_ratios=(2, 1, 1))
     places = range(len(networks))
     values = [100 * row.metric for row in networks]
-    ends = np.transpose([_reach(row.metric, row.metric_ci95) for row in networks])
+    ends = _reaches([row.metric for row in networks], [row.metric_ci95 for row in networks])
     metric.errorbar(values, places, xerr=ends, fmt="o", color=COLOURS[0], capsize=3)
     metric.set_title("metric, % (95 % interval)")
     metric.set_yticks(places, [row.name for row in networks])
@@ -107,8 +109,8 @@ def metric_against_latency(points: Sequence[Timed], metric_name: str) -> Figure:
         if point.metric is None or point.metric_ci95 is None:
             continue
         axes.errorbar(
-            [point.p50_ms], [100 * point.metric], yerr=_reach(point.metric, point.metric_ci95),
-            fmt=marker, color=colour, capsize=3, label=point.name,
+            [point.p50_ms], [100 * point.metric], fmt=marker, color=colour, capsize=3,
+            yerr=_reaches([point.metric], [point.metric_ci95]), label=point.name,
         )  # fmt: skip
     if max(times) > 3 * min(times):
         axes.set_xscale("log")
@@ -197,7 +199,7 @@ def curve_chart(curves: dict[str, Curves], classes: Sequence[str]) -> Figure:
     return figure
 
 
-def _line(values: Sequence[float] | None) -> np.ndarray:
+def _line(values: Sequence[float] | None) -> NDArray[np.float64]:
     return np.array(() if values is None else values)
 
 
@@ -208,7 +210,7 @@ def sample_chart(sample: SampleRow, classes: Sequence[str]) -> Figure:
     boxed = any(mark.box is not None for marks in sample.marks.values() for mark in marks)
     across = (3.2 if boxed else 1.7) * width / max(width, height)
     figure = Figure(
-        figsize=(across * len(sample.marks), across * height / width + (0.8 if boxed else 0.6)),
+        figsize=(across * len(sample.marks), across * height / width + (0.65 if boxed else 0.6)),
         layout="constrained",
     )  # fmt: skip
     panels = figure.subplots(1, len(sample.marks), squeeze=False)[0]
@@ -222,14 +224,14 @@ def sample_chart(sample: SampleRow, classes: Sequence[str]) -> Figure:
         for mark in sorted(marks, key=lambda mark: mark.score or 0.0):
             if mark.box is None:
                 axes.set_xlabel(
-                    f"{classes[mark.label]}{_score(mark, ' ')}",
+                    f"{_name(mark.label, classes)}{_score(mark, ' ')}",
                     color="black" if mark.label in truth else WRONG,
                 )  # fmt: skip
             else:
                 _box(axes, mark)
     if boxed:
         shown = sorted({mark.label for marks in sample.marks.values() for mark in marks})
-        handles = [Patch(color=_colour(label), label=classes[label]) for label in shown]
+        handles = [Patch(color=_colour(label), label=_name(label, classes)) for label in shown]
         figure.legend(handles=handles, loc="outside lower center", ncols=8, frameon=False)
     return figure
 
@@ -257,6 +259,11 @@ def _score(mark: Mark, before: str = "") -> str:
     return "" if mark.score is None else f"{before}{100 * mark.score:.0f}"
 
 
+def _name(label: int, classes: Sequence[str]) -> str:
+    """A network may know classes that the data does not."""
+    return classes[label] if label < len(classes) else f"class {label}"
+
+
 def _colour(label: int) -> str:
     return COLOURS[label % len(COLOURS)]
 
@@ -264,9 +271,10 @@ def _colour(label: int) -> str:
 # ---- parts -------------------------------------------------------------------------------------
 
 
-def _reach(value: float, ci95: Interval) -> np.ndarray:
-    """(2, 1) how far an interval goes to either side, in per cent."""
-    return 100 * np.abs(np.subtract(value, ci95)).reshape(2, 1)
+def _reaches(values: Sequence[float], intervals: Sequence[Interval]) -> NDArray[np.float64]:
+    """(2, n) how far each interval goes to either side, in per cent."""
+    reaches: NDArray[np.float64] = 100 * np.abs(np.transpose(intervals) - np.array(values))
+    return reaches
 
 
 def _bars(axes: Axes, values: list[float], title: str) -> None:
@@ -285,7 +293,13 @@ def svg(figure: Figure) -> str:
 
 
 def jpeg(figure: Figure) -> str:
-    """A data URL."""
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="jpeg", dpi=100, pil_kwargs={"quality": 85})
-    return f"data:image/jpeg;base64,{base64.b64encode(drawn.getvalue()).decode()}"
+    """A data URL, of the best quality that LARGEST_BYTES allow."""
+    raw = io.BytesIO()
+    figure.savefig(raw, format="png", dpi=100)
+    drawn = PIL.Image.open(raw).convert("RGB")
+    for quality in range(85, 0, -15):
+        file = io.BytesIO()
+        drawn.save(file, "JPEG", quality=quality)
+        if file.tell() <= LARGEST_BYTES:
+            break
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -14,10 +14,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.ops import generalized_box_iou_loss
 
@@ -25,6 +23,8 @@ from edgekd.errors import DataError, ModelError
 from edgekd.network import IO
 from edgekd.tasks.average_precision import (
     SIZES,
+    Floats,
+    Matches,
     interval,
     match,
     mean,
@@ -200,13 +200,7 @@ class Detection:
         return Score(
             value=value or 0.0, ci95=interval(resampled(found)), n=len(answers), by_class=by_class,
             parts={"mAP50": mean(precision[0, ..., 0])} | sizes,
-            curves=Curves(
-                x_name="recall", y_name="precision at IoU 0.5",
-                x=_rounded(found.params.recThrs),
-                by_class=tuple(
-                    None if line[0] < 0 else _rounded(line) for line in precision[0, ..., 0].T
-                ),
-            ),
+            curves=None if value is None else _precision_curves(found, precision),
         )  # fmt: skip
 
     def difference(self, a: Tensor, b: Tensor, targets: tuple[Tensor, ...]) -> Difference:
@@ -266,14 +260,18 @@ def pairwise_iou(a: Tensor, b: Tensor) -> Tensor:
     return shared / (areas[0][:, :, None] + areas[1][:, None] - shared).clamp(min=1e-9)
 
 
+def _precision_curves(matches: Matches, precision: Floats) -> Curves:
+    """Of each class at the first IoU; with few digits, since they are kept in text."""
+    lines = precision[0, ..., 0].round(6).T.tolist()
+    return Curves(
+        x_name="recall", y_name="precision at IoU 0.5", x=matches.params.recThrs.round(6).tolist(),
+        by_class=tuple(None if line[0] < 0 else tuple(line) for line in lines),
+    )  # fmt: skip
+
+
 def _corners(box: list[float]) -> tuple[float, float, float, float]:
     left, top, right, bottom = (round(edge, 2) for edge in box)
     return left, top, right, bottom
-
-
-def _rounded(line: NDArray[np.float64]) -> tuple[float, ...]:
-    """Few digits: lines are kept in text."""
-    return tuple(round(value, 6) for value in line.tolist())
 
 
 def _known(decoding: Decoding | None) -> Decoding:
