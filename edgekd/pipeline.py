@@ -69,7 +69,7 @@ from edgekd.training import evaluate, fabric, gather, predict
 SAMPLES = 3  # test images that the report shows
 # raised when a stage's meaning changes, so that folders of older versions are not taken for it
 STAGE_VERSIONS = {"choice": 1, "teacher": 1, "distill": 1, "prune": 1, "quantize": 1, "export": 2}
-_SAMPLES = TypeAdapter(tuple[SampleRow, ...])
+_SAMPLE_ROWS = TypeAdapter(tuple[SampleRow, ...])
 
 
 @dataclass(frozen=True)
@@ -526,12 +526,12 @@ class _Run:
                 nets.append(_running(session, student.net))
             samples = self._samples(dict(zip(scores, nets, strict=True)))
             kept.parent.mkdir(exist_ok=True)
-            write_atomically(kept, _SAMPLES.dump_json(samples, indent=1))
+            write_atomically(kept, _SAMPLE_ROWS.dump_json(samples, indent=1))
         curves = {
             name: score.curves for name, score in scores.items()
             if score is not None and score.curves is not None
         }  # fmt: skip
-        return curves, _SAMPLES.validate_json(kept.read_text())
+        return curves, _SAMPLE_ROWS.validate_json(kept.read_text())
 
     def _samples(self, nets: dict[str, Network]) -> tuple[SampleRow, ...]:
         """The truth and what each network says of a few test images."""
