@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import textwrap
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -204,42 +205,44 @@ def _line(values: Sequence[float] | None) -> NDArray[np.float64]:
 
 
 def sample_chart(sample: SampleRow, classes: Sequence[str]) -> Figure:
-    """The image once for the truth and once for each network, with what they say of it."""
+    """The image once for the truth and once for each network, with what they say of it.
+
+    Boxes are in their class' colour, those of the truth dashed; a class of the whole image stands
+    below it, in red where it is not the truth's.
+    """
     image = np.asarray(PIL.Image.open(io.BytesIO(base64.b64decode(sample.image))))
     width, height = sample.size
     boxed = any(mark.box is not None for marks in sample.marks.values() for mark in marks)
     across = (3.2 if boxed else 1.7) * width / max(width, height)
     figure = Figure(
-        figsize=(across * len(sample.marks), across * height / width + (0.65 if boxed else 0.6)),
+        figsize=(across * len(sample.marks), across * height / width + (0.65 if boxed else 0.75)),
         layout="constrained",
     )  # fmt: skip
     panels = figure.subplots(1, len(sample.marks), squeeze=False)[0]
     truth = {mark.label for mark in sample.marks.get("truth", ())}
+    shown = sorted({mark.label for marks in sample.marks.values() for mark in marks})
+    colours = dict(zip(shown, COLOURS * len(shown), strict=False))
     for axes, (name, marks) in zip(panels, sample.marks.items(), strict=True):
         axes.imshow(image, extent=(0, width, height, 0), cmap="gray", vmin=0, vmax=255)
-        axes.set_title(name)
+        axes.set_title(name if boxed else "\n".join(name.rsplit(" ", 1)), fontsize="medium")
         axes.set_xticks(())
         axes.set_yticks(())
         # the surest last, on top
         for mark in sorted(marks, key=lambda mark: mark.score or 0.0):
             if mark.box is None:
-                axes.set_xlabel(
-                    f"{_name(mark.label, classes)}{_score(mark, ' ')}",
-                    color="black" if mark.label in truth else WRONG,
-                )  # fmt: skip
+                said = f"{_name(mark.label, classes)}{_score(mark, ' ')}"
+                right = mark.label in truth
+                axes.set_xlabel(textwrap.fill(said, 20), color="black" if right else WRONG)
             else:
-                _box(axes, mark)
+                _box(axes, mark, mark.box, colours[mark.label])
     if boxed:
-        shown = sorted({mark.label for marks in sample.marks.values() for mark in marks})
-        handles = [Patch(color=_colour(label), label=_name(label, classes)) for label in shown]
+        handles = [Patch(color=colours[label], label=_name(label, classes)) for label in shown]
         figure.legend(handles=handles, loc="outside lower center", ncols=8, frameon=False)
     return figure
 
 
-def _box(axes: Axes, mark: Mark) -> None:
-    assert mark.box is not None
-    left, top, right, bottom = mark.box
-    colour = _colour(mark.label)
+def _box(axes: Axes, mark: Mark, box: tuple[float, float, float, float], colour: str) -> None:
+    left, top, right, bottom = box
     style = "--" if mark.score is None else "-"
     axes.add_patch(
         Rectangle(
@@ -262,10 +265,6 @@ def _score(mark: Mark, before: str = "") -> str:
 def _name(label: int, classes: Sequence[str]) -> str:
     """A network may know classes that the data does not."""
     return classes[label] if label < len(classes) else f"class {label}"
-
-
-def _colour(label: int) -> str:
-    return COLOURS[label % len(COLOURS)]
 
 
 # ---- parts -------------------------------------------------------------------------------------
