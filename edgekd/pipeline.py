@@ -515,7 +515,9 @@ class _Run:
         row = min(ships, key=lambda row: row.precision != "int8", default=None)
         if row is not None:
             folder = Path(row.path).parent
-            scores[f"{row.target} {row.precision}"] = _kept_parity(folder).metric
+            name = f"{row.target} {row.precision}"
+            name += " (emulated)" if row.verifier == "emulated" else ""
+            scores[name] = _kept_parity(folder).metric
             keys.append(folder.name)
         kept = self.folder / "samples" / f"{'-'.join(keys)}.json"
         if self.fresh or not kept.is_file():

@@ -514,7 +514,8 @@ def test_test_images_are_shown_with_what_each_says_of_them(project, first):
     (scores,) = session.run(None, {session.get_inputs()[0].name: x})
     assert len(first.samples) == 3
     for sample, wanted, label in zip(first.samples, scores, test.labels, strict=False):
-        names = ["truth", "teacher", "student fp32", f"{row.target} {row.precision}"]
+        how = " (emulated)" if row.verifier == "emulated" else ""
+        names = ["truth", "teacher", "student fp32", f"{row.target} {row.precision}{how}"]
         assert list(sample.marks) == names and sample.size == (12, 12)
         assert [mark.label for mark in sample.marks["truth"]] == [label]
         (mark,) = sample.marks[names[-1]]

@@ -150,7 +150,7 @@ def layer_chart(measured: Measurement) -> Figure:
     axes.set_yticks(range(len(bars)), names, fontsize="small")
     axes.invert_yaxis()
     axes.margins(x=0.3, y=0.02)
-    axes.set_xlabel("ms · share of the whole run · operator")
+    axes.set_xlabel("ms · share of the median run · operator")
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 
