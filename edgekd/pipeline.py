@@ -505,7 +505,7 @@ class _Run:
         """Curves and sample images of the teacher, the float student and an artifact that ships.
 
         The artifact is one in integers, where any such ships. The images are the first ones with
-        the most classes of a first batch; what is said of them is kept, as all are keyed.
+        the most classes of a first batch; what is said of them is kept by the keys of all.
         """
         scores: dict[str, Score | None] = {
             "teacher": teacher.score, "student fp32": student.score
