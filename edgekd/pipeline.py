@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from torch import nn
 from torch.fx import GraphModule
 
@@ -49,6 +49,7 @@ from edgekd.reporting.report import (
     DataRow,
     Latency,
     Report,
+    SampleRow,
     StageRow,
     TeacherRow,
 )
@@ -60,13 +61,15 @@ from edgekd.stages.export import export
 from edgekd.stages.profile import profile_together
 from edgekd.stages.prune import prune
 from edgekd.stages.quantize import calibration_inputs, quantize
-from edgekd.stages.verify import Parity, verify
+from edgekd.stages.verify import Parity, verify, verifying_session
 from edgekd.target import QuantScheme, Target, host_instruction_set
-from edgekd.tasks.base import Difference, Score, Task, get_task
+from edgekd.tasks.base import Curves, Difference, Score, Task, get_task
 from edgekd.training import evaluate, fabric, gather, predict
 
+SAMPLES = 3  # test images that the report shows
 # raised when a stage's meaning changes, so that folders of older versions are not taken for it
 STAGE_VERSIONS = {"choice": 1, "teacher": 1, "distill": 1, "prune": 1, "quantize": 1, "export": 2}
+_SAMPLE_ROWS = TypeAdapter(tuple[SampleRow, ...])
 
 
 TEACHER_REMEDY = (
@@ -208,6 +211,7 @@ class _Run:
             **self._row("teacher", teacher, self._teacher_note(0)).model_dump(),
             latency=tuple(latencies),
         )
+        curves, samples = self._compared(teacher, student, rows)
         report = Report(
             name=self.recipe.name,
             note=self.recipe.note,
@@ -227,6 +231,8 @@ class _Run:
             budgets=tuple(budgets),
             choice=choice,
             controls=tuple(controls),
+            curves=curves,
+            samples=samples,
             host=host_name(),
             versions=self.versions,
             path=str(self.folder / "report" / "report.json"),
@@ -372,8 +378,7 @@ class _Run:
             console.print(f"{target.name}: no baseline of NNCF's: {error}", markup=False)
             return
         session = get_runtime(target.runtime).load(out, threads=torch.get_num_threads())
-        net = student.net.copy()
-        net.module = _OfSession(session)
+        net = _running(session, student.net)
         score = evaluate(net, task=self.task, data=self.data, on=fabric())
         control = Node(f"nncf-{student.key}", student.net, score)
         yield self._control("NNCF post-training", control, against, stage, net)
@@ -480,11 +485,7 @@ class _Run:
         place = RunDir(folder)
         if place.done() is not None:
             artifact = Artifact.load(folder)
-            return (
-                folder,
-                artifact,
-                Parity.model_validate_json((folder / "parity.json").read_text()),
-            )
+            return folder, artifact, _kept_parity(folder)
         self._say(folder)
         images = next(evaluation_batches(self.data))[0]
         artifact = export(node.net, target=target, out=folder, examples=images)
@@ -513,10 +514,65 @@ class _Run:
         ):
             return [m for m in kept if m is not None]
         console.print(f"profile {target.name}: {len(folders)} artifacts in turns")
-        measured = profile_together(artifacts, target=target, device=link, **options)
+        measured = profile_together(artifacts, target=target, device=link, layers=True, **options)
         for folder, measurement in zip(folders, measured, strict=True):
             write_atomically(folder / "measurement.json", measurement.model_dump_json(indent=1))
         return measured
+
+    # ---- for the page ------------------------------------------------------------------------
+
+    def _compared(
+        self, teacher: Node, student: Node, rows: list[ArtifactRow]
+    ) -> tuple[dict[str, Curves], tuple[SampleRow, ...]]:
+        """Curves and sample images of the teacher, the float student and an artifact that ships.
+
+        The artifact is one in integers, where any such ships. The images are the first ones with
+        the most classes of a first batch; what is said of them is kept by the keys of all.
+        """
+        scores: dict[str, Score | None] = {
+            "teacher": teacher.score, "student fp32": student.score
+        }  # fmt: skip
+        keys = [teacher.key, student.key]
+        ships = [row for row in rows if row.ships and row.metric is not None]
+        row = min(ships, key=lambda row: row.precision != "int8", default=None)
+        if row is not None:
+            folder = Path(row.path).parent
+            name = f"{row.target} {row.precision}"
+            name += " (emulated)" if row.verifier == "emulated" else ""
+            scores[name] = _kept_parity(folder).metric
+            keys.append(folder.name)
+        kept = self.folder / "samples" / f"{'-'.join(keys)}.json"
+        if self.fresh or not kept.is_file():
+            nets = [teacher.net, student.net]
+            if row is not None:
+                target = next(target for target in self.targets if target.name == row.target)
+                session = verifying_session(Artifact.load(folder), target)
+                nets.append(_running(session, student.net))
+            samples = self._samples(dict(zip(scores, nets, strict=True)))
+            kept.parent.mkdir(exist_ok=True)
+            write_atomically(kept, _SAMPLE_ROWS.dump_json(samples, indent=1))
+        curves = {
+            name: score.curves for name, score in scores.items()
+            if score is not None and score.curves is not None
+        }  # fmt: skip
+        return curves, _SAMPLE_ROWS.validate_json(kept.read_text())
+
+    def _samples(self, nets: dict[str, Network]) -> tuple[SampleRow, ...]:
+        """The truth and what each network says of a few test images."""
+        x, *targets = next(evaluation_batches(self.data))
+        truth = self.task.truth(tuple(targets))
+        classes = [len({mark.label for mark in marks}) for marks in truth]
+        chosen = sorted(range(len(truth)), key=lambda i: -classes[i])[:SAMPLES]
+        batch = (x[chosen], *(target[chosen] for target in targets))
+        said = {"truth": [truth[i] for i in chosen]}
+        for name, net in nets.items():
+            answers, _ = gather(predict(net, [batch], on=fabric(), task=self.task))
+            said[name] = self.task.marks(answers)
+        pixels, *_ = self.data.splits["test"].take(torch.tensor(chosen))
+        return tuple(
+            SampleRow.of(image, {name: tuple(marks[i]) for name, marks in said.items()})
+            for i, image in enumerate(pixels.numpy())
+        )
 
     # ---- the budget --------------------------------------------------------------------------
 
@@ -648,6 +704,13 @@ def _choose(
     return preferred, f"{target.name} prefers it ({how})"
 
 
+def _running(session: Session, net: Network) -> Network:
+    """A copy of `net` whose outputs are those of a loaded artifact."""
+    net = net.copy()
+    net.module = _OfSession(session)
+    return net
+
+
 class _OfSession(nn.Module):
     """A loaded artifact where a module is wanted."""
 
@@ -658,6 +721,10 @@ class _OfSession(nn.Module):
     def forward(self, x: torch.Tensor) -> Any:
         found = [torch.from_numpy(y) for y in self.session([x.cpu().numpy()])]
         return found[0] if len(found) == 1 else tuple(found)
+
+
+def _kept_parity(folder: Path) -> Parity:
+    return Parity.model_validate_json((folder / "parity.json").read_text())
 
 
 def _kept_measurement(path: Path) -> Measurement | None:

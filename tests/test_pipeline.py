@@ -32,6 +32,7 @@ from edgekd.latency.profiles import import_measurement
 from edgekd.models.resnet import resnet
 from edgekd.network import Network
 from edgekd.recipe import Recipe
+from edgekd.reporting.page import page
 from edgekd.reporting.report import Report
 from edgekd.rundir import RunDir
 from edgekd.runtimes.base import Artifact
@@ -200,7 +201,9 @@ def cheap_verify(artifact: Artifact, net: Network, **_: Any) -> Parity:
     )
 
 
-def cheap_profile(artifacts: list[Artifact], *, target: Target, **options: Any) -> Any:
+def cheap_profile(
+    artifacts: list[Artifact], *, target: Target, layers: bool, **options: Any
+) -> Any:
     """One millisecond each."""
     hashes = tuple(artifact.sha256 for artifact in artifacts)
     return [
@@ -498,6 +501,37 @@ def test_artifacts_are_what_the_report_says(project, first, precision):
         assert row.metric > 0.9
 
 
+def test_test_images_are_shown_with_what_each_says_of_them(project, out, first):
+    import quadrants_source
+
+    test = quadrants_source.quadrants().splits["test"]
+    report = pipeline.run(load(project, targets=(EMULATED,)), out=out)
+    row = next(row for row in report.artifacts if row.ships)
+    x = ((test.images[:3].numpy() / 255 - 0.4) / 0.25).astype(np.float32)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(row.path, options)
+    (scores,) = session.run(None, {session.get_inputs()[0].name: x})
+    assert len(report.samples) == 3
+    for sample, wanted, label in zip(report.samples, scores, test.labels, strict=False):
+        names = ["truth", "teacher", "student fp32", f"{EMULATED} int8 (emulated)"]
+        assert list(sample.marks) == names and sample.size == (12, 12)
+        assert [mark.label for mark in sample.marks["truth"]] == [label]
+        (mark,) = sample.marks[names[-1]]
+        assert mark.label == wanted.argmax()
+        chance = np.exp(wanted - wanted.max()) / np.exp(wanted - wanted.max()).sum()
+        assert mark.score == pytest.approx(chance.max(), abs=2e-3)
+    assert report.curves == {}
+
+
+def test_what_is_timed_here_is_timed_by_layer(first):
+    for row in first.artifacts:
+        if row.measurement is not None:
+            assert row.measurement.layers
+    text = page(first)
+    assert "slowest layers of" in text and "measured here, on" in text
+
+
 # ---- done once ---------------------------------------------------------------------------------
 
 
@@ -508,7 +542,7 @@ def test_a_second_run_does_nothing_twice(project, out, first, monkeypatch):
     def refused(*_: Any, **__: Any) -> None:
         raise AssertionError("done already")
 
-    for verb in VERBS:
+    for verb in (*VERBS, "predict"):
         monkeypatch.setattr(pipeline, verb, refused)
     second = pipeline.run(load(project, targets=(*NATIVE, EMULATED)), out=out)
     assert second == first

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import PIL.Image
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 from rich.markup import escape
@@ -19,8 +24,10 @@ from edgekd.quantization.sensitivity import Sensitivity
 from edgekd.runtimes.base import CompileCheck
 from edgekd.runtimes.local_parity import LocalParity
 from edgekd.stages.verify import Gate
+from edgekd.tasks.base import Curves, Mark
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
+LARGEST_SAMPLE = 320  # pixels of its longer side
 Interval = tuple[float, float]
 
 
@@ -107,6 +114,15 @@ class ArtifactRow(_Row):
         threads = f"{m.threads} thread{'s' if m.threads > 1 else ''}"
         return f"{m.p50_ms:.3f} ms ({m.clock}, {threads}{where})"
 
+    @property
+    def where(self) -> str:
+        """What was measured where; for captions."""
+        if (m := self.measurement) is None:
+            return "imported from a measurement on the device"
+        if m.origin == "host":
+            return f"measured here, on {m.host}"
+        return f"measured on {m.host}, over {m.device}"
+
 
 class BudgetRow(_Row):
     """A target's latency budget, and what ships there against it.
@@ -151,6 +167,30 @@ class Answer:
     points: float | None
 
 
+class SampleRow(_Row):
+    """A test image, and what is said of it.
+
+    Attributes:
+        image: JPEG in base64, of LARGEST_SAMPLE a side or less.
+        size: width and height of the input, in whose pixels the boxes are.
+        marks: by who says it: the truth, then the networks.
+    """
+
+    image: str
+    size: tuple[int, int]
+    marks: dict[str, tuple[Mark, ...]]
+
+    @staticmethod
+    def of(pixels: NDArray[np.uint8], marks: dict[str, tuple[Mark, ...]]) -> SampleRow:
+        """Of (C, H, W) pixels; in grey, by the first channel, if they are not three."""
+        shown = pixels.transpose(1, 2, 0) if len(pixels) == 3 else pixels[0]
+        image, file = PIL.Image.fromarray(np.ascontiguousarray(shown)), io.BytesIO()
+        size = image.size
+        image.thumbnail((LARGEST_SAMPLE, LARGEST_SAMPLE))
+        image.save(file, "JPEG", quality=95, subsampling=0)
+        return SampleRow(image=base64.b64encode(file.getvalue()).decode(), size=size, marks=marks)
+
+
 class DataRow(_Row):
     """The data that figures come from."""
 
@@ -162,7 +202,12 @@ class DataRow(_Row):
 
 
 class Report(_Row):
-    """See the project's README for how to read it; `schema_version` changes with its fields."""
+    """See the project's README for how to read it; `schema_version` changes with its fields.
+
+    Attributes:
+        curves: what the metric was taken from, by network.
+        samples: test images; the same networks.
+    """
 
     schema_version: int = SCHEMA_VERSION
     name: str
@@ -177,6 +222,8 @@ class Report(_Row):
     budgets: tuple[BudgetRow, ...] = ()
     choice: Choice | None = None
     controls: tuple[ControlRow, ...]
+    curves: dict[str, Curves] = {}
+    samples: tuple[SampleRow, ...] = ()
     host: str
     versions: dict[str, str]
     path: str

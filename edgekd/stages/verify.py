@@ -117,11 +117,10 @@ def verify(
         reason = f"{target.name} needs {target.needs}; this host is another"
         return Parity(**common, verifier=None, gate="unchecked", reasons=(reason,))
     try:
-        runtime = verifying_runtime(target)
-        plain = emulated and runtime.plain
-        session = runtime.load(artifact.path, threads=torch.get_num_threads(), emulated=plain)
+        runtime, session = verifying_runtime(target), verifying_session(artifact, target)
     except MissingPackageError as error:
         return Parity(**common, verifier=None, gate="unchecked", reasons=(str(error),))
+    plain = emulated and runtime.plain
 
     theirs, ours, targets, first = _run_both(session, net, data)
     figures: dict[str, Any] = {"n": len(ours[0])}
@@ -201,6 +200,13 @@ def verify(
         **common, **figures, verifier=target.verifier, gate=gate,
         reasons=(*failed, *unchecked),
     )  # fmt: skip
+
+
+def verifying_session(artifact: Artifact, target: Target) -> Session:
+    """The artifact as `verify` runs it: as written, where another runtime stands in."""
+    runtime = verifying_runtime(target)
+    plain = target.verifier == "emulated" and runtime.plain
+    return runtime.load(artifact.path, threads=torch.get_num_threads(), emulated=plain)
 
 
 def _local_failures(local: LocalParity, least: float) -> list[str]:

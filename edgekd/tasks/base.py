@@ -13,12 +13,44 @@ from edgekd.errors import RecipeError, nearest
 from edgekd.network import IO
 
 
+class Curves(BaseModel):
+    """What a metric sums up: a quantity over another one, a line for each class.
+
+    Attributes:
+        x_name, y_name: of the axes.
+        x: (P,) the same for all lines; rising shares of 1.
+        by_class: (P,) each, shares of 1, in the order of the labels; None where it has no samples.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    x_name: str
+    y_name: str
+    x: tuple[float, ...]
+    by_class: tuple[tuple[float, ...] | None, ...]
+
+
+class Mark(BaseModel):
+    """One thing that an answer, or the truth, says of an image.
+
+    Attributes:
+        label: index of its class.
+        score: 0 to 1; None of the truth.
+        box: left, top, right, bottom in pixels of the input; None: the image as a whole.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    label: int
+    score: float | None = None
+    box: tuple[float, float, float, float] | None = None
+
+
 class Score(BaseModel):
     """A metric with its 95 % confidence interval, as shares of 1.
 
     Attributes:
         by_class: of each class alone, in the order of the labels; None where it has no samples.
         parts: further figures by name, as shares of 1; None where there are no samples.
+        curves: what the metric was taken from, where that can be drawn.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -27,6 +59,7 @@ class Score(BaseModel):
     n: int
     by_class: tuple[float | None, ...] = ()
     parts: dict[str, float | None] = {}
+    curves: Curves | None = None
 
 
 class Difference(BaseModel):
@@ -74,6 +107,12 @@ class Task(Protocol):
 
     def agreement(self, a: Any, b: Any) -> float:
         """Share of samples, or of what is found in them, for which two networks' answers agree."""
+
+    def marks(self, answers: Any) -> list[list[Mark]]:
+        """What is to be drawn of the answers, for each sample."""
+
+    def truth(self, targets: tuple[Tensor, ...]) -> list[list[Mark]]:
+        """What is to be drawn of the targets, for each sample."""
 
 
 def get_task(name: str, **options: Any) -> Task:

@@ -11,7 +11,14 @@ from torch import Tensor
 
 from edgekd.knowledge.response import Response
 from edgekd.network import IO
-from edgekd.tasks.base import Difference, Score, paired_difference, top1_agreement, wilson_interval
+from edgekd.tasks.base import (
+    Difference,
+    Mark,
+    Score,
+    paired_difference,
+    top1_agreement,
+    wilson_interval,
+)
 
 
 @dataclass(frozen=True)
@@ -64,3 +71,13 @@ class Classification:
     def agreement(self, a: Tensor, b: Tensor) -> float:
         """Share of samples with the same top-1 class."""
         return top1_agreement(a, b)
+
+    def marks(self, answers: Tensor) -> list[list[Mark]]:
+        """The top-1 class with its probability."""
+        best = answers.double().softmax(1).max(1)
+        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        return [[Mark(label=label, score=round(score, 3))] for label, score in pairs]
+
+    def truth(self, targets: tuple[Tensor, ...]) -> list[list[Mark]]:
+        """The label."""
+        return [[Mark(label=label)] for label in targets[0].tolist()]

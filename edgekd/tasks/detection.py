@@ -25,13 +25,15 @@ from edgekd.knowledge.detection import Dense, comparable, densely, joined
 from edgekd.network import IO
 from edgekd.tasks.average_precision import (
     SIZES,
+    Floats,
+    Matches,
     interval,
     match,
     mean,
     partners,
     resampled,
 )
-from edgekd.tasks.base import Difference, Score
+from edgekd.tasks.base import Curves, Difference, Mark, Score
 from edgekd.tasks.decoding import (
     Decoding,
     anchors,
@@ -120,7 +122,7 @@ class Detection:
         box_weight: of the boxes' term.
         distribution_weight: of the term of the edges' distributions, where heads give them.
         candidates: anchors that may be given to each box.
-        shown: least score of the detections that `agreement` asks for.
+        shown: least score of the detections that `agreement` asks for and `marks` gives.
         overlap: least IoU of two detections that are the same one.
         decoding: how outputs are coded; `of` takes it from a network.
         classes: K; 0 until `of` knows it: as many as occur.
@@ -305,7 +307,8 @@ class Detection:
         """COCO's mean average precision, with a bootstrap interval over images.
 
         `parts`: mAP50, and the mean by the size of the truth in the original image (small below
-        32² pixels, large from 96² on).
+        32² pixels, large from 96² on). `curves`: precision over recall at IoU 0.5, interpolated as
+        COCO does: at each of 101 recalls the largest precision from there on; their mean is mAP50.
         """
         detections, truth = original_pixels(answers, targets)
         found = match(detections, truth, self._classes(detections, truth))
@@ -316,6 +319,7 @@ class Detection:
         return Score(
             value=value or 0.0, ci95=interval(resampled(found)), n=len(answers), by_class=by_class,
             parts={"mAP50": mean(precision[0, ..., 0])} | sizes,
+            curves=None if value is None else _precision_curves(found, precision),
         )  # fmt: skip
 
     def difference(self, a: Tensor, b: Tensor, targets: tuple[Tensor, ...]) -> Difference:
@@ -347,6 +351,24 @@ class Detection:
         found, total = (sum(column) for column in zip(*pairs, strict=True))
         return found / total if total else 1.0
 
+    def marks(self, answers: Tensor) -> list[list[Mark]]:
+        """Detections with a score of `shown` or more."""
+        return [
+            [
+                Mark(label=int(kind), score=round(score, 3), box=_corners(box))
+                for *box, score, kind in image.tolist()
+                if score >= self.shown
+            ]
+            for image in answers
+        ]
+
+    def truth(self, targets: tuple[Tensor, ...]) -> list[list[Mark]]:
+        """Boxes; no crowds."""
+        return [
+            [Mark(label=int(kind), box=_corners(box)) for kind, *box in image.tolist() if kind >= 0]
+            for image in targets[0]
+        ]
+
 
 def pairwise_iou(a: Tensor, b: Tensor) -> Tensor:
     """(N, M, A) IoU of boxes (N, M, 4) with boxes (N, A, 4)."""
@@ -355,6 +377,20 @@ def pairwise_iou(a: Tensor, b: Tensor) -> Tensor:
     shared = (high - low).clamp(min=0).prod(-1)
     areas = [(x[..., 2:] - x[..., :2]).clamp(min=0).prod(-1) for x in (a, b)]
     return shared / (areas[0][:, :, None] + areas[1][:, None] - shared).clamp(min=1e-9)
+
+
+def _precision_curves(matches: Matches, precision: Floats) -> Curves:
+    """Of each class at the first IoU; with few digits, since they are kept in text."""
+    lines = precision[0, ..., 0].round(6).T.tolist()
+    return Curves(
+        x_name="recall", y_name="precision at IoU 0.5", x=matches.params.recThrs.round(6).tolist(),
+        by_class=tuple(None if line[0] < 0 else tuple(line) for line in lines),
+    )  # fmt: skip
+
+
+def _corners(box: list[float]) -> tuple[float, float, float, float]:
+    left, top, right, bottom = (round(edge, 2) for edge in box)
+    return left, top, right, bottom
 
 
 def _known(decoding: Decoding | None) -> Decoding:

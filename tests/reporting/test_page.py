@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import re
 import xml.etree.ElementTree as ET
+from functools import cache
 from html.parser import HTMLParser
 
+import numpy as np
+import PIL.Image
 import pytest
+from matplotlib import rc_context
 from rich.console import Console
 
 from edgekd.choosing.choice import Choice, Price, Priced
 from edgekd.choosing.members import Member
+from edgekd.latency.layers import LayerTime
 from edgekd.latency.measuring import Measurement
 from edgekd.latency.model import Estimate
 from edgekd.quantization.sensitivity import LayerEffect, Sensitivity
 from edgekd.recipe import StudentSection
+from edgekd.reporting.charts import curve_chart, jpeg, layer_chart, sample_chart
 from edgekd.reporting.page import page
 from edgekd.reporting.report import (
     ArtifactRow,
@@ -25,11 +32,13 @@ from edgekd.reporting.report import (
     DataRow,
     Latency,
     Report,
+    SampleRow,
     StageRow,
     TeacherRow,
 )
 from edgekd.runtimes.base import CompileCheck, TensorDifference
 from edgekd.runtimes.local_parity import LocalParity, LocalPass
+from edgekd.tasks.base import Curves, Mark
 
 HOSTILE = "<script>alert('x')</script> & \"$\\frac$\""
 WORST = TensorDifference(tensor="conv", elements=100, unequal=40, mean_steps=3, max_steps=9)
@@ -127,10 +136,11 @@ class Page(HTMLParser):
 
 
 def test_it_needs_nothing_else():
-    text = page(report())
+    text = seen_page()
     parsed = Page(text)
     assert not parsed.all("script") and not parsed.all("link") and not parsed.all("iframe")
-    assert all(image["src"].startswith("data:image/svg+xml;base64,") for image in parsed.all("img"))
+    kinds = [image["src"].partition(",")[0] for image in parsed.all("img")]
+    assert set(kinds) == {"data:image/svg+xml;base64", "data:image/jpeg;base64"}
     assert all(image["alt"] for image in parsed.all("img"))
     assert "http" not in text and "url(" not in text and "@import" not in text
 
@@ -170,6 +180,7 @@ def charts(parsed: Page) -> dict[str, str]:
     return {
         image["alt"]: base64.b64decode(image["src"].partition(",")[2]).decode()
         for image in parsed.all("img")
+        if image["src"].startswith("data:image/svg+xml")
     }
 
 
@@ -177,15 +188,180 @@ def test_charts_are_whole_and_each_training_is_drawn_once():
     drawn = charts(Page(page(report())))
     assert list(drawn) == [
         "metric, parameters and MACs of each network", "p50 latency on host",
-        "loss of teacher by epoch", "loss of student by epoch",
+        "top-1 accuracy against p50 latency on host", "loss of teacher by epoch",
+        "loss of student by epoch",
     ]  # fmt: skip
     for svg in drawn.values():
         assert ET.fromstring(svg).tag == "{http://www.w3.org/2000/svg}svg"
     assert "fp32 (ships)" in drawn["p50 latency on host"]
+    against = words(drawn["top-1 accuracy against p50 latency on host"])
+    assert against[-2:] == ["teacher fp32", "student fp32 (ships)"]
+    assert {"p50 latency, ms", "top-1 accuracy, %", "0.5", "1", "2"} <= set(against)
+
+
+def words(svg: str) -> list[str]:
+    return [text.text or "" for text in ET.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
+
+
+def layered(count: int, rest_ms: float) -> ArtifactRow:
+    """The n-th of `count` layers takes n ms."""
+    total = count * (count + 1) / 2
+    measured = report().artifacts[0].measurement
+    assert measured is not None
+    times = tuple(
+        LayerTime(name=f"{HOSTILE}/layer {n}", operator="Conv", p50_ms=n, share=n / total)
+        for n in range(1, count + 1)
+    )
+    return artifact(
+        latency_p50_ms=200.0,
+        measurement=measured.model_copy(
+            update={"layers": times, "p50_ms": 200.0, "rest_ms": rest_ms, "rest": "so much is left"}
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    ("count", "rest_ms", "others"),
+    [
+        (19, 10.5, [("4 other layers", "10.000 · 5%"), ("outside the layers", "10.500 · 5%")]),
+        (3, -1.0, []),
+    ],
+)
+def test_the_slowest_layers_are_drawn_by_time(count, rest_ms, others):
+    measured = layered(count, rest_ms).measurement
+    assert measured is not None
+    (axes,) = layer_chart(measured).axes
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    slowest = range(count, max(0, count - 15), -1)
+    assert [name.rpartition("/")[2] for name in names] == [
+        *(f"layer {n}" for n in slowest), *(name for name, _ in others)
+    ]  # fmt: skip
+    assert all(len(name) <= 40 for name in names)
+    assert [text.get_text() for text in axes.texts] == [
+        *(f"{n}.000 · {n / 2:.0f}% · Conv" for n in slowest), *(said for _, said in others)
+    ]  # fmt: skip
+    widths = [bar.get_width() for bar in axes.patches]
+    assert widths == [*slowest, *(float(said.partition(" ")[0]) for _, said in others)]
+
+
+def test_layers_are_said_to_be_measured_here():
+    parsed = Page(page(report(artifacts=(layered(3, 1.0),))))
+    assert "slowest layers of fp32 on host" in charts(parsed)
+    said = "Of 200.000 ms: 3 layers, timed by onnxruntime 1 in a pass of their own, "
+    assert f"{said}measured here, on a host; so much is left." in parsed.text
+
+
+def test_a_device_and_an_import_are_called_so():
+    over = layered(1, 0.0).measurement
+    assert over is not None
+    over = over.model_copy(update={"origin": "device", "host": "a board", "device": "ssh://b"})
+    assert (
+        artifact(latency_p50_ms=1.0, measurement=over).where == "measured on a board, over ssh://b"
+    )
+    text = Page(page(report(artifacts=(artifact(latency_p50_ms=1.0),)))).text
+    assert "Imported from a measurement on the device." in text
+    assert "measured here" not in text
+
+
+# ---- what networks say ---------------------------------------------------------------------------
+
+
+def curves(*lines: tuple[float, ...] | None) -> Curves:
+    return Curves(x_name="recall", y_name="precision", x=(0.0, 0.5, 1.0), by_class=lines)
+
+
+def sample(shape: tuple[int, int, int] = (3, 48, 64), boxed: bool = True) -> SampleRow:
+    """Noise, which no picture is harder to compress than."""
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    box = (2.0, 3.0, 30.0, 40.0) if boxed else None
+    truth = (Mark(label=0, box=box),)
+    said = (Mark(label=0, score=0.87, box=box), Mark(label=7, score=0.4, box=box))
+    names = ("teacher", "student fp32", HOSTILE)
+    return SampleRow.of(pixels, {"truth": truth} | dict.fromkeys(names, said))
+
+
+def seen(**changes: object) -> Report:
+    good, bad = (1.0, 1.0, 0.5), (1.0, 0.4, 0.0)
+    values = {
+        "curves": {"teacher": curves(good, good, None), "student fp32": curves(good, bad, None)},
+        "samples": (sample(), sample((1, 12, 12), boxed=False)),
+    }
+    return report(**values | changes)
+
+
+@cache
+def seen_page() -> str:
+    return page(seen())
+
+
+def test_what_networks_say_is_on_the_page():
+    parsed = Page(seen_page())
+    assert "Precision over recall" in parsed.text and "Test images" in parsed.text
+    drawn = words(charts(parsed)["precision over recall of teacher, student fp32"])
+    assert {"recall", "precision", "dog", "46.7 student fp32"} <= set(drawn)
+    pictures = [i["alt"] for i in parsed.all("img") if i["src"].startswith("data:image/jpeg")]
+    assert pictures == [
+        f"test image {n}: truth, teacher, student fp32, {HOSTILE}" for n in (1, 2)
+    ]  # fmt: skip
+
+
+def test_curves_have_a_panel_for_each_class_the_worst_loss_first():
+    shown = seen()
+    figure = curve_chart(shown.curves, shown.data.classes)
+    said = {
+        axes.get_title(): [text.get_text() for text in axes.get_legend().get_texts()]
+        for axes in figure.axes
+    }
+    assert list(said.items()) == [
+        ("mean of 2 classes", ["83.3 teacher", "65.0 student fp32"]),
+        ("dog", ["83.3 teacher", "46.7 student fp32"]),
+        ("cat", ["83.3 teacher", "83.3 student fp32"]),
+    ]
+    for line, wanted in zip(figure.axes[0].lines, ((1, 1, 0.5), (1, 0.7, 0.25)), strict=True):
+        np.testing.assert_allclose(line.get_xydata(), np.transpose([(0, 0.5, 1), wanted]))
+    many = curves(*[(1.0, 1.0, 0.0)] * 40)
+    crowded = curve_chart({"teacher": many}, tuple(map(str, range(40))))
+    assert sum(bool(axes.lines) for axes in crowded.axes) == 8
+
+
+@pytest.mark.parametrize("shape", [(3, 320, 320), (3, 90, 640), (1, 12, 12)])
+def test_an_image_becomes_a_small_picture(shape):
+    with rc_context({"text.parse_math": False}):  # as the page does
+        url = jpeg(sample_chart(sample(shape, boxed=shape[0] == 3), ("cat",)))
+    assert url.startswith("data:image/jpeg;base64,") and len(url) < 150_000
+    width, height = PIL.Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).size
+    assert 1.5 * height < width <= 1300 and height <= 420
+
+
+def test_boxes_are_where_they_are_said_to_be():
+    """The truth's dashed edge, and the label of the surest one, in the colour of the class."""
+    black = SampleRow.of(
+        np.zeros((3, 100, 100), np.uint8),
+        {"truth": (), "net": (Mark(label=0, score=0.9, box=(20, 40, 60, 80)),)},
+    )
+    figure = sample_chart(black, ("cat",))
+    raw = io.BytesIO()
+    figure.savefig(raw, format="png", dpi=100)
+    pixels = np.asarray(PIL.Image.open(raw).convert("RGB")).astype(int)
+    blue = (np.abs(pixels - (0x42, 0x69, 0xD0)).max(-1) < 12)[: int(0.9 * len(pixels))]
+    panels = [axes.get_window_extent() for axes in figure.axes]
+    rows, columns = blue.nonzero()
+    side, left = panels[1].width, panels[1].x0
+    top = len(pixels) - panels[1].y1
+    found = (columns.min() - left, rows.min() - top, columns.max() - left, rows.max() - top)
+    np.testing.assert_allclose(np.array(found) / side, (0.2, 0.4, 0.6, 0.8), atol=0.02)
+
+
+def test_a_report_of_before_has_less_on_its_page():
+    old = json.loads(seen().model_dump_json()) | {"schema_version": 4}
+    del old["curves"], old["samples"]
+    text = Page(page(Report.model_validate(old))).text
+    assert "Precision over recall" not in text and "Test images" not in text
+    assert Report.model_validate_json(seen().model_dump_json()) == seen()
 
 
 def test_the_same_report_gives_the_same_bytes():
-    assert page(report()) == page(report())
+    assert page(seen()) == seen_page()
 
 
 def mixed(layer: str, **changes: object) -> StageRow:
@@ -274,12 +450,18 @@ def test_text_inside_rows_and_charts_is_text():
         ),
         data=DataRow(name=HOSTILE, fingerprint=HOSTILE, train=1, test=1, classes=(HOSTILE,)),
         versions={HOSTILE: HOSTILE},
+        curves={HOSTILE: curves((1.0, 0.5, 0.0))},
+        samples=(sample(), sample(boxed=False)),
     )  # fmt: skip
     parsed = Page(page(hostile))
     assert not parsed.all("script")
     assert parsed.text.count("alert('x')") > 8
-    for svg in charts(parsed).values():
+    drawn = [image for image in parsed.all("img") if "data:image/svg" in image["src"]]
+    assert len(parsed.all("img")) == len(drawn) + 2
+    for image in drawn:
+        svg = base64.b64decode(image["src"].partition(",")[2]).decode()
         assert not ET.fromstring(svg).findall(".//{*}script")
+    assert HOSTILE in words(charts(parsed)[f"precision over recall of {HOSTILE}"])
 
 
 def test_a_budget_and_the_members_beside_the_chosen_one():

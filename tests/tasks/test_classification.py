@@ -29,6 +29,18 @@ def test_loss_is_cross_entropy_with_smoothed_labels(smoothing):
     assert float(loss) == pytest.approx(by_hand, rel=1e-9)
 
 
+def test_what_is_drawn_is_the_surest_class_and_the_label():
+    marks = Classification().marks(torch.from_numpy(SCORES))
+    chances = np.exp(log_softmax(SCORES))
+    assert [mark.label for (mark,) in marks] == SCORES.argmax(1).tolist()
+    np.testing.assert_allclose([m.score for (m,) in marks], chances.max(1), atol=5.1e-4)
+    truth = Classification().truth((torch.from_numpy(LABELS),))
+    assert [mark.label for (mark,) in truth] == LABELS.tolist()
+    assert all(m.box is None for (m,) in marks) and all(m.score is None for (m,) in truth)
+    scored = Classification().score(torch.from_numpy(SCORES), (torch.from_numpy(LABELS),))
+    assert scored.curves is None
+
+
 def test_distillation_uses_the_tasks_temperature():
     teacher = RNG.normal(0, 2, (200, 7))
     for temperature in (1.0, 6.0):

@@ -126,6 +126,23 @@ def test_mean_ap_is_that_of_pycocotools(seed, crowds):
     assert ours.ci95[0] < ours.value < ours.ci95[1]
 
 
+@pytest.mark.parametrize("seed", [0, 2])
+def test_curves_are_pycocotools_precision_at_the_first_iou(seed):
+    answers, truth = random_answers(seed)
+    theirs = by_pycocotools(answers, truth, 5)
+    ours = Detection().score(answers, (truth[..., :5], truth, whole(len(truth))))
+    curves = ours.curves
+    assert curves is not None
+    assert (curves.x_name, curves.y_name) == ("recall", "precision at IoU 0.5")
+    np.testing.assert_allclose(curves.x, theirs.params.recThrs, atol=1e-6)
+    assert curves.by_class[4] is None  # there is no truth of it
+    for k, line in enumerate(curves.by_class[:4]):
+        np.testing.assert_allclose(line, theirs.eval["precision"][0, :, k, 0, -1], atol=1e-6)
+    drawn = [line for line in curves.by_class if line is not None]
+    assert np.mean(drawn) == pytest.approx(ours.parts["mAP50"], abs=1e-6)
+    assert np.mean(drawn) == pytest.approx(theirs.stats[1], abs=1e-6)
+
+
 def whole(images: int) -> Tensor:
     """The frame of images that are the input as they are."""
     return torch.tensor([[1000.0, 1000, 1, 1, 0, 0]]).repeat(images, 1)
@@ -168,6 +185,8 @@ def test_a_perfect_answer_scores_one_and_none_at_all_zero():
     assert (best.value, best.ci95) == (pytest.approx(1.0), (pytest.approx(1.0), pytest.approx(1.0)))
     none = torch.full((12, 5, 6), -1.0)
     assert Detection().score(none, targets).value == 0
+    empty = torch.full((12, 5, 5), -1.0)
+    assert Detection().score(none, (empty,)).curves is None
     gap = Detection().difference(perfect, none, targets)
     assert (gap.value, gap.ci95) == (pytest.approx(1.0), (pytest.approx(1.0), pytest.approx(1.0)))
 
@@ -228,6 +247,20 @@ def test_agreement_is_the_share_of_detections_with_a_partner_of_their_own(other,
     shown = sum(row[4] >= 0.3 for row in other)
     both = Detection().agreement(torch.cat([one, one]), torch.cat([one, answer(*other)]))
     assert both == pytest.approx((2 + share * (1 + shown)) / (3 + shown))
+
+
+# ---- marks -------------------------------------------------------------------------------------
+
+
+def test_what_is_drawn_are_the_sure_detections_and_the_boxes_of_the_truth():
+    found = answer((1, 2, 30.126, 40, 0.5, 2), (0, 0, 5, 5, 0.31, 0), (0, 0, 9, 9, 0.29, 1))
+    (marks,) = Detection().marks(found)
+    assert [(mark.label, mark.score) for mark in marks] == [(2, 0.5), (0, 0.31)]
+    assert marks[0].box == (1, 2, 30.13, 40)
+    of_image = Detection().truth((truths(), torch.zeros(3, 1, 7), whole(3)))
+    assert [[(m.label, m.score, m.box) for m in marks] for marks in of_image] == [
+        [(0, None, (4, 4, 30, 28)), (2, None, (10, 12, 44, 50))], [(1, None, (33, 33, 35, 35))], [],
+    ]  # fmt: skip
 
 
 # ---- loss --------------------------------------------------------------------------------------

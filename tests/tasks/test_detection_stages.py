@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import subprocess
 import sys
@@ -22,6 +24,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.fcos import FCOSHead
 
 import edgekd
+from edgekd import pipeline
 from edgekd.data.base import Data
 from edgekd.data.detection import AUGMENTATIONS, Boxed, Labelled, letterboxed
 from edgekd.knowledge.taps import pair_hints
@@ -373,5 +376,36 @@ def test_a_recipe_carries_a_detector_to_a_device(tmp_path: Path, monkeypatch):
     (control,) = (row for row in report.controls if row.name == "without a teacher")
     low, high = control.difference_ci95
     assert low <= control.difference <= high
+    _curves_and_samples_are_those_of(report)
+    monkeypatch.setattr(pipeline, "predict", None)  # what the page shows is kept
     again = edgekd.run(tmp_path / "recipe.toml", out=tmp_path / "runs")
-    assert again.artifacts == report.artifacts
+    assert again == report
+
+
+def _curves_and_samples_are_those_of(report: edgekd.Report) -> None:
+    """Of the teacher, the student and the artifact that ships, run here by ONNX Runtime."""
+    row = next(row for row in report.artifacts if row.ships)
+    shown = ["teacher", "student fp32", f"{row.target} {row.precision}"]
+    assert list(report.curves) == shown
+    targets = DATA.splits["test"].targets
+    two = [i for i, boxes in enumerate(targets[0]) if len({*boxes[:, 0].tolist()} - {-1}) == 2]
+    assert len(two) >= 3
+    session = onnxruntime.InferenceSession(row.path)
+    for sample, index in zip(report.samples, two, strict=False):
+        assert list(sample.marks) == ["truth", *shown] and sample.size == (SIZE, SIZE)
+        truth = [(mark.label, mark.score, mark.box) for mark in sample.marks["truth"]]
+        assert truth == [(int(k), None, tuple(box)) for k, *box in targets[0][index].tolist()]
+        pixels, *_ = DATA.splits["test"].take(torch.tensor([index]))
+        image = PIL.Image.open(io.BytesIO(base64.b64decode(sample.image)))
+        near = np.asarray(image, float) - pixels[0].permute(1, 2, 0).numpy()
+        assert np.abs(near).mean() < 6  # JPEG
+        x = ((pixels.numpy() / 255 - 0.2) / 0.3).astype(np.float32)
+        heads = session.run(None, {session.get_inputs()[0].name: x})
+        task = TASK.of(new_detector().io)
+        (found,) = task.answers(tuple(map(torch.from_numpy, heads)))
+        sure = found[found[:, 4] >= 0.3]
+        marks = sample.marks[shown[-1]]
+        assert [mark.label for mark in marks] == sure[:, 5].tolist()
+        np.testing.assert_allclose([mark.score for mark in marks], sure[:, 4], atol=2e-3)
+        boxes = np.array([mark.box for mark in marks]).reshape(-1, 4)
+        np.testing.assert_allclose(boxes, sure[:, :4], atol=0.05)
