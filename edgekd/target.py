@@ -140,9 +140,7 @@ class Target(_Frozen):
     operators: str | None = None
     layout: Literal["NCHW", "NHWC"] = "NCHW"
     shapes: Literal["dynamic_batch", "static"] = "dynamic_batch"
-    variants: tuple[
-        Literal["ort", "integer_inputs", "images", "decoded", "detections"], ...
-    ] = ()
+    variants: tuple[Literal["ort", "integer_inputs", "images", "decoded", "detections"], ...] = ()
     snippets: tuple[Literal["Classifier.kt", "Classifier.swift", "LiteRtClassifier.kt"], ...] = ()
     memory_mib: int | None = None
     peak: dict[str, float] = {}

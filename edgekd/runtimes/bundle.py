@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -91,11 +92,11 @@ def write_bundle(
         write_atomically(path.with_name(name), (shipped / name).read_text())
     if net.io.decoding is not None:
         write_atomically(path.with_name("detect.py"), (shipped / "detect.py").read_text())
-        snippets, words = ("detect.cc",), _decoding_words(path, net.io.decoding, outputs)
+        snippets, words = ["detect.cc"], _decoding_words(path, net.io.decoding, outputs)
     elif len(net.io.inputs) == 1 and len(net.io.inputs[0].shape) == 3:
-        snippets, words = target.snippets, _words(path, net)
+        snippets, words = list(target.snippets), _words(path, net)
     else:
-        snippets, words = (), {}
+        snippets, words = [], {}
     for name in snippets:
         text = (shipped / name).read_text()
         for word, value in words.items():
@@ -165,15 +166,9 @@ def _decoding_words(
 ) -> dict[str, str]:
     """What detect.cc says of this model, in C++."""
     classes, boxes = list(outputs.values())[:2]
-    levels = (
-        "{%d, %d, %r, %r, %r, {%s}}" % (
-            *level.grid, *level.stride, level.offset,
-            ", ".join("{%r, %r}" % size for size in level.sizes),
-        )
-        for level in decoding.levels
-    )  # fmt: skip
+    levels = ((*level.grid, *level.stride, level.offset, level.sizes) for level in decoding.levels)
     return {
-        "FILE": path.name, "LEVELS": ",\n                                   ".join(levels),
+        "FILE": path.name, "LEVELS": _braces(levels)[1:-1],
         "BOXES": decoding.boxes, "BOX_COLUMNS": str(boxes.shape[2]),
         "CLASS_COLUMNS": str(classes.shape[2]),
         "SOFTMAX": str(int(decoding.scores == "softmax")),
@@ -184,3 +179,10 @@ def _decoding_words(
         "NMS_THRESHOLD": repr(decoding.nms_threshold),
         "CANDIDATES": str(decoding.candidates), "DETECTIONS": str(decoding.detections),
     }  # fmt: skip
+
+
+def _braces(values: Any) -> str:
+    """Numbers, and tuples of them, as C++ has them."""
+    if isinstance(values, Iterable):
+        return "{" + ", ".join(map(_braces, values)) + "}"
+    return repr(values)
