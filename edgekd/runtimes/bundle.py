@@ -168,11 +168,11 @@ def _decoding_words(
     classes, boxes = list(outputs.values())[:2]
     levels = ((*level.grid, *level.stride, level.offset, level.sizes) for level in decoding.levels)
     return {
-        "FILE": path.name, "LEVELS": _braces(levels)[1:-1],
+        "FILE": path.name, "LEVELS": ",\n    ".join(map(_braces, levels)),
         "BOXES": decoding.boxes, "BOX_COLUMNS": str(boxes.shape[2]),
         "CLASS_COLUMNS": str(classes.shape[2]),
-        "SOFTMAX": str(int(decoding.scores == "softmax")),
-        "OF_CLASS": str(int(decoding.candidates_of == "class")),
+        "SOFTMAX": str(decoding.scores == "softmax").lower(),
+        "OF_CLASS": str(decoding.candidates_of == "class").lower(),
         "WIDTH": str(decoding.image[1]), "HEIGHT": str(decoding.image[0]),
         "WEIGHTS": ", ".join(map(repr, decoding.weights)), "LARGEST": repr(decoding.largest),
         "SCORE_THRESHOLD": repr(decoding.score_threshold),

@@ -1,4 +1,4 @@
-// Boxes out of the raw heads of @FILE@ for one image: C++14, nothing else. detect.py does the same.
+// Boxes out of the raw heads of @FILE@, for one image. C++14, nothing else; as detect.py.
 #include <algorithm>
 #include <cmath>
 #include <string>
@@ -17,7 +17,8 @@ struct Detection {
   int label;  // its line in labels.txt, from 0 on
 };
 
-const std::vector<Level> LEVELS = {@LEVELS@};
+const std::vector<Level> LEVELS = {
+    @LEVELS@};
 const std::string BOXES = "@BOXES@";
 const int BOX_COLUMNS = @BOX_COLUMNS@, CLASS_COLUMNS = @CLASS_COLUMNS@;  // of the heads
 const bool SOFTMAX = @SOFTMAX@, OF_CLASS = @OF_CLASS@;
