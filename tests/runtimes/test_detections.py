@@ -23,6 +23,7 @@ import edgekd
 from edgekd.errors import ModelError
 from edgekd.network import Network, Preprocessing
 from edgekd.runtimes.detections import append_decoding
+from edgekd.runtimes.half import to_half, written_out
 from edgekd.runtimes.integer_ends import KEY
 from edgekd.runtimes.on_device import detect as on_device
 from edgekd.runtimes.onnx_graph import to_onnx
@@ -138,6 +139,25 @@ def test_boxes_are_those_before_the_suppression(bundle):
     for image, raw in enumerate(zip(*(y.numpy() for y in net(x).values()), strict=True)):
         same(boxes[image], on_device.boxes_of(plain, raw[1]))
         same(scores[image], on_device.scores_of(plain, raw[0], *raw[2:]))
+
+
+@pytest.mark.parametrize("coding", ["log_distance", "offset"])
+def test_half_precision_moves_boxes_by_less_than_half_a_pixel(coding, tmp_path):
+    levels = (Level(grid=(320 // s, 320 // s), stride=(s, s), sizes=((s, s),)) for s in (8, 16, 32))
+    decoding = Decoding(image=(320, 320), levels=tuple(levels), **CODINGS[coding])
+    widths = [K + decoding.background, 4, 1][: 2 + decoding.quality]
+    x = torch.randn(1, 2100, sum(widths), generator=torch.Generator().manual_seed(0))
+    net = Network(Heads(widths, decoding), torch.zeros_like(x), decoding=decoding)
+    model = to_onnx(net, Target.load("jetson-nano"))
+    append_decoding(model, decoding)
+    half, kept = to_half(model)
+    assert kept == []
+    whole, rounded = (
+        ort.InferenceSession(ir.to_proto(each).SerializeToString()).run(None, {"input": x.numpy()})
+        for each in (model, written_out(half))
+    )
+    assert 0 < np.abs(whole[0] - rounded[0]).max() < 0.5
+    assert 0 < np.abs(whole[1] - rounded[1]).max() < 1e-3
 
 
 def test_the_mean_of_a_distribution_is_a_distance():
@@ -283,6 +303,15 @@ def test_check_knows_the_plugin_where_the_table_has_it(tmp_path):
     (found,) = edgekd.check(path, target="jetson-nano").errors[1:]  # the first is the opset
     assert (found.rule, found.operator) == ("custom-operator", "EfficientNMS_TRT")
     assert not edgekd.check(path, target="host-onnxruntime").passed
+
+
+def test_check_says_where_the_suppression_splits_the_graph(tmp_path):
+    net, _ = heads_of("offset")
+    edgekd.export(net, target="host-onnxruntime", out=tmp_path)
+    check = edgekd.check(tmp_path / "model.detections.onnx", target="ios-coreml-ort")
+    (found,) = (f for f in check.findings if f.operator == "NonMaxSuppression")
+    assert (found.rule, found.severity) == ("operator", "warning")
+    assert "the graph splits" in found.limit
 
 
 @pytest.mark.parametrize("coding", ["log_distance", "offset"])

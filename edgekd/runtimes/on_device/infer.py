@@ -3,8 +3,8 @@
 
 It needs Python 3.6, NumPy, the runtime that manifest.json names and, for images, Pillow.
 `--check` runs the inputs in check.npz and compares with the outputs that the trained network gave;
-it prints one line of JSON and exits with 1 where they differ. `--file model.detections.onnx IMAGE...`
-takes a detector's boxes from that file (ONNX Runtime, OpenVINO), not from raw heads and detect.py.
+it prints one line of JSON and exits with 1 where they differ. With ONNX Runtime and OpenVINO,
+`--file model.detections.onnx IMAGE...` takes a detector's boxes from that file, not from detect.py.
 """
 
 import argparse
