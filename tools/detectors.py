@@ -160,6 +160,8 @@ def one(name: str, path: Path, again: list[str]) -> None:
                     continue
                 place = Path(folder) / f"{target.name}-{precision}"
                 cells[precision], artifact = cell(given, target, place, [(tested,)])
+                if "is not installed" in str(cells[precision].get("reasons")):
+                    cells[precision]["level"] = "not run"
                 if artifact is not None:
                     cells[precision] |= ran(given, target, artifact, tested)
                     settle(cells[precision], target)
