@@ -115,7 +115,8 @@ class Target(_Frozen):
             known, for devices that take no others or run them worse.
         variants: further files of the same network in the bundle: ONNX Runtime's format ("ort"),
             the file that takes integers ("integer_inputs"), and the one that takes images of 0 to
-            255 as they are ("images").
+            255 as they are ("images"); of a detector, in ONNX, the one that gives boxes and scores
+            ("decoded"), and the one without duplicates ("detections").
         snippets: examples for apps in the bundle.
         memory_mib: of the device.
         peak: figures of the device by name and unit (fp16_gflops, memory_gb_s).
@@ -139,7 +140,7 @@ class Target(_Frozen):
     operators: str | None = None
     layout: Literal["NCHW", "NHWC"] = "NCHW"
     shapes: Literal["dynamic_batch", "static"] = "dynamic_batch"
-    variants: tuple[Literal["ort", "integer_inputs", "images"], ...] = ()
+    variants: tuple[Literal["ort", "integer_inputs", "images", "decoded", "detections"], ...] = ()
     snippets: tuple[Literal["Classifier.kt", "Classifier.swift", "LiteRtClassifier.kt"], ...] = ()
     memory_mib: int | None = None
     peak: dict[str, float] = {}

@@ -7,12 +7,14 @@ infer.py        runs images, or `--check`; Python 3.6, NumPy and the runtime
 measure.py      measures latency, and writes measurement.json; Python 3.6
 Classifier.kt, Classifier.swift   the same in an app
 detect.py       of a detector: letterbox, boxes out of raw heads; NumPy alone
+detect.cc       of a detector: boxes out of raw heads, in an app; C++14 alone
 """
 
 from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from edgekd.network import Network
 from edgekd.runtimes.base import fingerprint, verifying_runtime
 from edgekd.runtimes.variants import write_variants
 from edgekd.target import Precision, Target
+from edgekd.tasks.decoding import Decoding
 
 ON_DEVICE = ("infer.py", "measure.py")
 CHECKED = 3  # inputs in check.npz
@@ -78,7 +81,7 @@ def write_bundle(
             "file": "check.npz",
             "tolerance": {name: _tolerance(y, precision) for name, y in outputs.items()},
         },
-        "variants": write_variants(path, target, net.io.preprocessing),
+        "variants": write_variants(path, target, net),
         "versions": versions,
     }
     write_atomically(path.with_name("manifest.json"), json.dumps(manifest, indent=1))
@@ -87,14 +90,18 @@ def write_bundle(
     shipped = files("edgekd.runtimes") / "on_device"
     for name in ON_DEVICE:
         write_atomically(path.with_name(name), (shipped / name).read_text())
-    if len(net.io.inputs) == 1 and len(net.io.inputs[0].shape) == 3:
-        for name in target.snippets if net.io.decoding is None else ():  # they are of classifiers
-            text = (shipped / name).read_text()
-            for word, value in _words(path, net).items():
-                text = text.replace(f"@{word}@", value)
-            write_atomically(path.with_name(name), text)
     if net.io.decoding is not None:
         write_atomically(path.with_name("detect.py"), (shipped / "detect.py").read_text())
+        snippets, words = ["detect.cc"], _decoding_words(path, net.io.decoding, outputs)
+    elif len(net.io.inputs) == 1 and len(net.io.inputs[0].shape) == 3:
+        snippets, words = list(target.snippets), _words(path, net)
+    else:
+        snippets, words = [], {}
+    for name in snippets:
+        text = (shipped / name).read_text()
+        for word, value in words.items():
+            text = text.replace(f"@{word}@", value)
+        write_atomically(path.with_name(name), text)
 
 
 def _integers(path: Path, net: Network, target: Target) -> dict[str, Any]:
@@ -152,3 +159,30 @@ def _words(path: Path, net: Network) -> dict[str, str]:
         "OUTPUT": net.io.outputs[0], "CHANNELS": str(channels), "HEIGHT": str(height),
         "WIDTH": str(width),
     }  # fmt: skip
+
+
+def _decoding_words(
+    path: Path, decoding: Decoding, outputs: dict[str, NDArray[Any]]
+) -> dict[str, str]:
+    """What detect.cc says of this model, in C++."""
+    classes, boxes = list(outputs.values())[:2]
+    levels = ((*level.grid, *level.stride, level.offset, level.sizes) for level in decoding.levels)
+    return {
+        "FILE": path.name, "LEVELS": ",\n    ".join(map(_braces, levels)),
+        "BOXES": decoding.boxes, "BOX_COLUMNS": str(boxes.shape[2]),
+        "CLASS_COLUMNS": str(classes.shape[2]),
+        "SOFTMAX": str(decoding.scores == "softmax").lower(),
+        "OF_CLASS": str(decoding.candidates_of == "class").lower(),
+        "WIDTH": str(decoding.image[1]), "HEIGHT": str(decoding.image[0]),
+        "WEIGHTS": ", ".join(map(repr, decoding.weights)), "LARGEST": repr(decoding.largest),
+        "SCORE_THRESHOLD": repr(decoding.score_threshold),
+        "NMS_THRESHOLD": repr(decoding.nms_threshold),
+        "CANDIDATES": str(decoding.candidates), "DETECTIONS": str(decoding.detections),
+    }  # fmt: skip
+
+
+def _braces(values: Any) -> str:
+    """Numbers, and tuples of them, as C++ has them."""
+    if isinstance(values, Iterable):
+        return "{" + ", ".join(map(_braces, values)) + "}"
+    return repr(values)

@@ -38,14 +38,16 @@ SCRIPT = """\
 #!/bin/sh
 # {title}: builds model.engine from model.onnx ({precision}).
 # Engines are not portable: run this on the device itself, with TensorRT {version}.
+# Another file of the bundle, model.decoded.onnx say: build_engine.sh model.decoded
 set -eu
 cd "$(dirname "$0")"
+name=${{1:-model}}
 trtexec=$(command -v trtexec || echo /usr/src/tensorrt/bin/trtexec)
 if [ ! -x "$trtexec" ]; then
   echo 'trtexec is not here; it comes with JetPack: sudo apt-get install libnvinfer-bin' >&2
   exit 1
 fi
-echo {sha256} ' model.onnx' | sha256sum -c -
+[ "$name" != model ] || echo {sha256} ' model.onnx' | sha256sum -c -
 exec "$trtexec" {flags}
 """
 
@@ -97,6 +99,7 @@ class TensorRt:
 def write_script(path: Path, target: Target, precision: Precision, shapes: Shapes) -> None:
     """`build_engine.sh` beside `path`, and what compiles for the device's kind, if it is here."""
     flags = " ".join(map(shlex.quote, build_flags(shapes, target, precision)))
+    flags = flags.replace("=model.", '="$name".')
     script = SCRIPT.format(
         title=target.title, precision=precision, version=target.runtime_version,
         sha256=fingerprint(path)[0], flags=flags,

@@ -3,7 +3,8 @@
 
 It needs Python 3.6, NumPy, the runtime that manifest.json names and, for images, Pillow.
 `--check` runs the inputs in check.npz and compares with the outputs that the trained network gave;
-it prints one line of JSON and exits with 1 where they differ.
+it prints one line of JSON and exits with 1 where they differ. With ONNX Runtime and OpenVINO,
+`--file model.detections.onnx IMAGE...` takes a detector's boxes from that file, not from detect.py.
 """
 
 import argparse
@@ -198,11 +199,11 @@ RUNTIMES = {
 
 def load_model(manifest, file=None):
     """A function from a list of float arrays (N, C, H, W) to the list of float outputs."""
-    runtime = manifest["runtime"] if file is None else "onnxruntime"
-    run, _ = RUNTIMES[runtime](os.path.join(HERE, file or manifest["file"]), manifest)
+    run, _ = RUNTIMES[manifest["runtime"]](os.path.join(HERE, file or manifest["file"]), manifest)
+    names = manifest["variants"][file]["outputs"] if file else manifest["io"]["outputs"]
     integers = manifest["integers"]
     inputs = [integers.get(i["name"]) for i in manifest["io"]["inputs"]]
-    outputs = [integers.get(name) for name in manifest["io"]["outputs"]]
+    outputs = [integers.get(name) for name in names]
 
     def quantize(x, end):
         if end is None:
@@ -246,13 +247,17 @@ def read_image(path, manifest):
     return (x / np.float32(255) - mean) / std
 
 
-def boxes(path, model, manifest):
-    """(D, 6) detections in pixels of the image: left, top, right, bottom, score, class."""
+def boxes(path, model, manifest, decoded=False):
+    """(D, 6) detections in pixels of the image: left, top, right, bottom, score, class.
+
+    decoded: the model gives them itself, in pixels of its input.
+    """
     from detect import detect, to_original
     from PIL import Image
 
-    decoding = manifest["io"]["decoding"]
-    found = detect(decoding, model([read_image(path, manifest)]))
+    decoding, outputs = manifest["io"]["decoding"], model([read_image(path, manifest)])
+    found = outputs[0][0] if decoded else detect(decoding, outputs)
+    found = found[found[:, 4] >= 0]
     with Image.open(path) as image:
         return to_original(found, image.height, image.width, decoding)
 
@@ -288,18 +293,24 @@ def main():
     parser.add_argument("--top", type=int, default=5, help="answers to print of each image")
     parser.add_argument("--score", type=float, default=0.3, help="least score of a detection")
     parser.add_argument("--json", action="store_true", help="a detector's boxes as lines of JSON")
+    parser.add_argument("--file", help="one that gives detections: model.detections.onnx")
     options = parser.parse_args()
     if not options.images and not options.check:
         parser.error("name an image, or --check")
     with open(os.path.join(HERE, "manifest.json")) as file:
         manifest = json.load(file)
-    model = load_model(manifest)
+    if options.file:
+        known = manifest["variants"].get(options.file, {}).get("outputs", {})
+        if options.check or list(known) != ["detections"]:
+            parser.error("--file takes images, and a file whose output in manifest.json is "
+                         "`detections`")  # fmt: skip
+    model = load_model(manifest, options.file)
     if options.check and not check(model, manifest):
         sys.exit(1)
     labels = manifest["io"]["labels"]
     for path in options.images:
         if manifest["io"]["decoding"] is not None:
-            found = boxes(path, model, manifest)
+            found = boxes(path, model, manifest, bool(options.file))
             shown = [row for row in found.tolist() if row[4] >= options.score]
             if options.json:
                 print(json.dumps({"image": path, "boxes": shown}))
