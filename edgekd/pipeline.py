@@ -322,6 +322,8 @@ class _Run:
             "scheme": target.scheme.model_dump(mode="json"),
             "options": options,
         }
+        if options["max_drop"] is not None:  # latencies have a part in the choice of layers
+            inputs["known"] = profile_sha256(target)
         return self._stage("quantize", inputs, make)
 
     def controls(self, teacher: Node, distilled: Node, student: Node) -> list[ControlRow]:
