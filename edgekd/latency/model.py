@@ -190,9 +190,10 @@ class LatencyModel:
             own kernels were not measured in both precisions.
         """
         runtime, scheme = self.target.runtime, self.target.scheme
-        floats, integers = (self.fits.get(p) for p in (self.target.float_precision, "int8"))
-        if floats is None or integers is None or self.corrections:
+        precision = self.target.float_precision
+        if precision is None or not {precision, "int8"} <= self.fits.keys() or self.corrections:
             return {}
+        floats, integers = self.fits[precision], self.fits["int8"]
         costs: dict[str, float] = {}
         for op in traced(net):
             if op.layer and op.kind in ("convolution", "linear"):
