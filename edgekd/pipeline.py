@@ -66,7 +66,7 @@ from edgekd.tasks.base import Difference, Score, Task, get_task
 from edgekd.training import evaluate, fabric, gather, predict
 
 # raised when a stage's meaning changes, so that folders of older versions are not taken for it
-STAGE_VERSIONS = {"choice": 1, "teacher": 1, "distill": 1, "prune": 1, "quantize": 1, "export": 2}
+STAGE_VERSIONS = {"choice": 1, "teacher": 1, "distill": 1, "prune": 1, "quantize": 2, "export": 3}
 
 
 @dataclass(frozen=True)

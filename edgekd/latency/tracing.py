@@ -398,9 +398,26 @@ def _simplified(ops: list[Op]) -> list[Op]:
             and before.kind in ("convolution", "linear") and len(before.users) == 1
         ):  # fmt: skip
             stands[id(op)] = before
+        elif (scaled := _scaled(op)) is not None:
+            stands[id(op)] = scaled
         else:
             folded.append(op)
     return alive(folded)
+
+
+def _scaled(op: Op) -> Op | None:
+    """What a factor for each channel multiplies, where it is folded into the layer before."""
+    factors = [i for i in op.inputs if i.kind == "constant"]
+    if op.kind != "mul" or len(op.inputs) != 2 or len(factors) != 1:
+        return None
+    (moved,) = (i for i in op.inputs if i is not factors[0])
+    layer = moved
+    while layer.kind in ("view", "permute", "transpose") and len(layer.users) == 1:
+        layer = layer.inputs[0]
+    if layer.kind not in ("convolution", "linear") or len(layer.users) > 1 or not layer.weight:
+        return None
+    channels = layer.shape[1 if layer.kind == "convolution" else -1]
+    return moved if channels == factors[0].size == max(factors[0].shape) else None
 
 
 def alive(ops: list[Op]) -> list[Op]:
