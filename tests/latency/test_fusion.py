@@ -38,9 +38,9 @@ class Difference(nn.Module):
 def networks() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
     return {
         "residual, pruned": (resnet(num_classes=10, widths=(24, 40), depths=(1, 2)), (3, 32, 32)),
-        "difference": (Difference(), (3, 32, 32)),
         "squeeze-excite": probe("depthwise", 0),
         "attention": probe("transformer", 3),
+        "difference": (Difference(), (3, 32, 32)),
     }
 
 
