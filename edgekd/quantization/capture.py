@@ -254,7 +254,7 @@ def _scaled_layer(mul: Node, x: Any, factor: Tensor) -> Node | None:
             return x if axis == at else None
         if x.target not in CHANNELS_BEFORE or "val" not in arguments(x)[0].meta:
             return None
-        found = CHANNELS_BEFORE[x.target](x, axis)  # type: ignore[index]  # operators are its keys
+        found = CHANNELS_BEFORE[x.target](x, axis)
         if found is None:
             return None
         axis, x = found, arguments(x)[0]

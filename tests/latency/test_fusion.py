@@ -99,6 +99,20 @@ def test_a_trace_needs_no_values_and_changes_nothing():
     assert all(torch.equal(t, before[name]) for name, t in module.state_dict().items())
 
 
+@pytest.mark.parametrize(("shape", "left"), [((6, 1, 1), 0), ((8,), 1), ((6, 8, 8), 1)])
+def test_a_factor_for_each_channel_is_in_the_layer_before(shape: tuple[int, ...], left: int):
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.gamma = nn.Linear(3, 6), nn.Parameter(torch.ones(shape))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.gamma * self.linear(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    kinds = Counter(op.kind for op in trace(Scaled(), [(3, 8, 8)]))
+    assert (kinds["linear"], kinds["mul"]) == (1, left)
+
+
 def test_shapes_are_torchs_own():
     class Odd(nn.Module):
         def __init__(self) -> None:
