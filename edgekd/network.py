@@ -390,7 +390,8 @@ class Network:
                 raise StateError(
                     f"{folder}: quantizers are placed differently here (torch "
                     f"{torch.__version__}, torchao {version('torchao')}) than where it was saved "
-                    f"(torch {quant['torch']}, torchao {quant['torchao']}); install those versions"
+                    f"(torch {quant['torch']}, torchao {quant['torchao']}); install those "
+                    "versions, or quantize again: newer versions of edgekd place otherwise too"
                 )
             net = net.quantized(graph, scheme, float_layers)
         net.load_state(read_tensors(folder / "weights.safetensors"), str(folder))

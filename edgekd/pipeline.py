@@ -68,10 +68,8 @@ from edgekd.training import evaluate, fabric, gather, predict
 
 SAMPLES = 3  # test images that the report shows
 # raised when a stage's meaning changes, so that folders of older versions are not taken for it
-STAGE_VERSIONS = {"choice": 1, "teacher": 1, "distill": 1, "prune": 1, "quantize": 1, "export": 2}
+STAGE_VERSIONS = {"choice": 1, "teacher": 1, "distill": 1, "prune": 1, "quantize": 2, "export": 3}
 _SAMPLE_ROWS = TypeAdapter(tuple[SampleRow, ...])
-
-
 TEACHER_REMEDY = (
     "give teacher.model with teacher.weights (a trained state dict) or teacher.epochs (to train it "
     "here)"
@@ -347,6 +345,8 @@ class _Run:
             "scheme": target.scheme.model_dump(mode="json"),
             "options": options,
         }
+        if options["max_drop"] is not None:  # latencies have a part in the choice of layers
+            inputs["known"] = profile_sha256(target)
         return self._stage("quantize", inputs, make)
 
     def controls(self, teachers: list[Node], distilled: Node, student: Node) -> list[ControlRow]:

@@ -31,8 +31,8 @@ class QuantScheme(_Frozen):
         bias: "int32" (scale = input scale · weight scale) or "float".
         fold_weights: weights are stored as integers; otherwise in float, with a quantize and a
             dequantize operator behind them, as TensorRT 8 wants them.
-        add_inputs: which inputs of a residual Add are quantized: both, or all but the convolution
-            that the Add is fused into ("skip").
+        add_inputs: which inputs of a residual Add or Sub are quantized: both, or all but the
+            convolution that it is fused into ("skip").
         shared_scales: operators whose inputs and output have one scale, as integer-only runtimes
             want it; of poolings, those over windows, not those over whole maps.
         fixed_scales: operators whose output has the one scale that the device's kernel takes:
@@ -60,7 +60,10 @@ class QuantScheme(_Frozen):
     integer_inputs: bool = False
     integer_outputs: bool = False
     ops: tuple[
-        Literal["conv", "conv_transpose", "linear", "matmul", "add", "mul", "concat", "pool"], ...
+        Literal[
+            "conv", "conv_transpose", "linear", "matmul", "add", "sub", "mul", "concat", "pool"
+        ],
+        ...,
     ]
 
     @model_validator(mode="after")

@@ -124,7 +124,8 @@ def convolution(op: Op, name: str, cin: int, cout: int) -> Kernel:
 # ---- integers ------------------------------------------------------------------------------------
 
 KINDS = {
-    "convolution": "conv", "linear": "linear", "add": "add", "mul": "mul", "cat": "concat",
+    "convolution": "conv", "linear": "linear", "add": "add", "sub": "sub", "mul": "mul",
+    "cat": "concat",
     "avg_pool2d": "pool", "matmul": "matmul",
     **dict.fromkeys(
         ("max_pool2d", "view", "permute", "transpose", "slice", "select", "squeeze", "unsqueeze",
@@ -132,6 +133,8 @@ KINDS = {
     ),
 }  # fmt: skip
 CLIPS = ("relu", "clip")
+SUMS = ("add", "sub")
+FUSING = ("conv", "linear", *SUMS)
 
 
 class Placement:
@@ -176,15 +179,14 @@ class Placement:
 
     def clipped(self, op: Op) -> bool:
         """Whether the activation behind `op` is in its kernel."""
-        fusing = KINDS.get(op.kind) in ("conv", "linear", "add")
-        return fusing and len(op.users) == 1
+        return KINDS.get(op.kind) in FUSING and len(op.users) == 1
 
     def joins(self, op: Op) -> bool:
         """A convolution that the sum behind it is fused into, see `placement.py`."""
         if self.scheme.add_inputs != "skip" or len(op.users) != 1:
             return False
         (add,) = op.users
-        if self.kind(add) != "add":
+        if self.kind(add) not in SUMS:
             return False
         ends = (t for t in add.inputs if self.kind(t) == "conv" and len(t.users) == 1)
         return next(ends, None) is op
@@ -196,7 +198,7 @@ class Placement:
             clips = activation(op) in CLIPS and op.inputs[0].users == [op]
             made = op.inputs[0] if clips else None
             return (
-                made is not None and self.kind(made) in ("conv", "linear", "add")
+                made is not None and self.kind(made) in FUSING
                 and self._quantized(op, self.kind(made))
             )  # fmt: skip
         if kind == "pass":

@@ -27,7 +27,7 @@ from edgekd.latency.fusion import kernels_of
 from edgekd.latency.kernels import CONVOLUTIONS, Kernel
 from edgekd.latency.probes import is_probe, probe
 from edgekd.latency.profiles import ProfileRow, own_file, read_profile
-from edgekd.latency.tracing import Dims, Op, trace
+from edgekd.latency.tracing import Dims, Op, count_users, trace
 from edgekd.network import Network
 from edgekd.target import Precision, Target
 
@@ -169,12 +169,40 @@ class LatencyModel:
                     f"{self.target.name}: no network was measured in {precision}; run: "
                     f"edgekd calibrate --target {self.target.name}"
                 )
-            # any runtime fuses about as OpenVINO does; reorders are its own
-            fused = [k for k in kernels_of(ops, "openvino", scheme) if k.op != "Reorder"]
+            # any runtime fuses about as OpenVINO does
+            fused = _without_ends(kernels_of(ops, "openvino", scheme))
             found = roofline(fused, self.target, precision)
         else:
             found = fit.estimate(kernels_of(ops, self.target.runtime, scheme))
         return _corrected(found, self.corrections.get(precision))
+
+    def float_costs_ms(self, net: Network) -> dict[str, float]:
+        """How much longer each layer takes in float, alone in a network of integers; an estimate.
+
+        Its float kernel and the conversions around it, less its integer kernel. A layer that runs
+        several times counts each time; one that is no slower in float costs nothing.
+
+        Args:
+            net: the float network.
+
+        Returns:
+            ms of each convolution and linear layer, by its module's path. Empty where the target's
+            own kernels were not measured in both precisions.
+        """
+        runtime, scheme = self.target.runtime, self.target.scheme
+        precision = self.target.float_precision
+        if precision is None or not {precision, "int8"} <= self.fits.keys() or self.corrections:
+            return {}
+        floats, integers = self.fits[precision], self.fits["int8"]
+        costs: dict[str, float] = {}
+        for op in traced(net):
+            if op.layer and op.kind in ("convolution", "linear"):
+                alone = _alone(op)
+                ms = floats.kernels_ms(_without_ends(kernels_of(alone, runtime, None)))
+                for kernel in _without_ends(kernels_of(alone, runtime, scheme)):
+                    ms += math.copysign(integers.kernels_ms([kernel]), -1 if kernel.macs else 1)
+                costs[op.layer] = costs.get(op.layer, 0.0) + max(ms, 0.0)
+        return costs
 
     def corrected(
         self,
@@ -221,6 +249,20 @@ def traced(
     if input_shapes is None:
         raise TargetError(f"{type(net).__name__}: a bare module needs input_shapes=[(C, H, W)]")
     return trace(net, input_shapes)
+
+
+def _alone(op: Op) -> list[Op]:
+    """A network of this layer only."""
+    before = Op("input", [], op.inputs[0].shape)
+    layer = replace(op, inputs=[before])
+    ops = [before, layer, Op("output", [layer], ())]
+    count_users(ops)
+    return ops
+
+
+def _without_ends(kernels: Iterable[Kernel]) -> list[Kernel]:
+    """Without OpenVINO's reorders, which stand at a network's ends."""
+    return [kernel for kernel in kernels if kernel.op != "Reorder"]
 
 
 # ---- kernels -------------------------------------------------------------------------------------
@@ -335,6 +377,10 @@ class _Fit:
             p50_ms=ms, low_ms=ms * math.exp(-self.spread), high_ms=ms * math.exp(self.spread),
             method="model", basis=self.basis,
         )  # fmt: skip
+
+    def kernels_ms(self, kernels: Sequence[Kernel]) -> float:
+        """Of these kernels in a network, without what a run costs besides."""
+        return float(_shares(self.families, kernels)[:-1] @ self.shares[:-1])
 
 
 def _fit(networks: Sequence[MeasuredNetwork]) -> tuple[dict[str, _Kernels], Array]:

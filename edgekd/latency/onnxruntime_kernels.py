@@ -322,7 +322,7 @@ def _concat(op: Op, state: _Blocked) -> None:
 
 _RULES: dict[str, Callable[[Op, _Blocked], None]] = {
     "convolution": _conv,
-    "add": _binary, "mul": _binary, "sub": _binary,
+    "add": _binary, "mul": _binary,
     "max_pool2d": _pool, "avg_pool2d": _pool, "mean": _mean, "cat": _concat,
     "unbind": _unbind, "permute": _permute, "transpose": _permute, "layer_norm": _layer_norm,
     "part": lambda op, state: None,
@@ -430,6 +430,8 @@ class _Quantized:
             for name in GELU[:-1]:
                 made = self.node(name, [made], op)
             made = self.node("Mul", [x, made], op)
+        elif kind in CLIPS and all(map(self.place.kind, op.users)):
+            made = self.float(sources[0])  # the quantizer behind it clips
         elif kind:
             made = self.node(ONNX[kind], [self.float(sources[0])], op)
         elif is_spatial_mean(op):

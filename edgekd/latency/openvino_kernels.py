@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 from edgekd.latency.exported import (
     NAMES,
+    SUMS,
     TO_FIRST,
     TO_LAST,
     Placement,
@@ -144,7 +145,7 @@ def _ov_binary(op: Op, chains: _Chains) -> None:
         (source,) = (i for i in op.inputs if i.kind != "constant")
         if chains.take(source, op, ""):
             return
-    if op.kind == "add" and all(i.kind != "constant" for i in op.inputs):
+    if op.kind in SUMS and all(i.kind != "constant" for i in op.inputs):
         for term in op.inputs:
             if chains.take(term, op, "add"):
                 return

@@ -34,6 +34,7 @@ class Op:
         weight: shape of its weight, if it has one.
         options: strides, axes, ...
         users: what reads it.
+        layer: path of the module that owns the weight.
     """
 
     kind: str
@@ -42,6 +43,7 @@ class Op:
     weight: Dims = ()
     options: dict[str, Any] = field(default_factory=dict)
     users: list[Op] = field(default_factory=list)
+    layer: str = ""
 
     @property
     def size(self) -> int:
@@ -64,7 +66,7 @@ def trace(module: nn.Module, input_shapes: Sequence[Dims]) -> list[Op]:
     """
     if any(t.device.type != "meta" for t in (*module.parameters(), *module.buffers())):
         module = blank(module)
-    recorder = _Recorder()
+    recorder = _Recorder(module)
     inputs = [torch.empty((1, *shape), device="meta") for shape in input_shapes]
     for x in inputs:
         recorder.add(x, Op("input", [], tuple(x.shape)))
@@ -233,8 +235,9 @@ NAMES = {"native_batch_norm": "batch_norm", "_native_batch_norm_legit_no_trainin
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch types it not
     """Keeps an Op of each call that depends on an input."""
 
-    def __init__(self) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.layers = {id(p): name.rpartition(".")[0] for name, p in module.named_parameters()}
         self.ops: list[Op] = []
         self._made: dict[int, Op] = {}
         self._alive: list[Any] = []  # an id is one tensor's as long as that lives
@@ -262,7 +265,11 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ty
         if not reads or not any(self._made[id(a)].kind != "constant" for a in reads):
             # of constants alone: the exporter computes it beforehand
             if func is aten.t.default:
-                return torch.empty(args[0].shape[::-1], device="meta")
+                made = torch.empty(args[0].shape[::-1], device="meta")
+                if layer := self.layers.get(id(args[0])):
+                    self.layers[id(made)] = layer
+                    self._alive.append(made)
+                return made
             return func(*args, **kwargs)
         result = self._result(func, args, kwargs)
         self._record(func, args, kwargs, given, result)
@@ -298,7 +305,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ty
         if func in FIRST_OF:
             outputs = outputs[:1]
         if len(outputs) == 1:
-            self.add(outputs[0], Op(name, inputs, tuple(outputs[0].shape), weight, options))
+            made = Op(name, inputs, tuple(outputs[0].shape), weight, options)
+            if weight:
+                made.layer = self.layers.get(id(args[-1 if name == "linear" else 1]), "")
+            self.add(outputs[0], made)
             return
         whole = Op(name, inputs, inputs[0].shape, weight, options)
         self.ops.append(whole)
@@ -388,9 +398,26 @@ def _simplified(ops: list[Op]) -> list[Op]:
             and before.kind in ("convolution", "linear") and len(before.users) == 1
         ):  # fmt: skip
             stands[id(op)] = before
+        elif (scaled := _scaled(op)) is not None:
+            stands[id(op)] = scaled
         else:
             folded.append(op)
     return alive(folded)
+
+
+def _scaled(op: Op) -> Op | None:
+    """What a factor for each channel multiplies, where it is folded into the layer before."""
+    factors = [i for i in op.inputs if i.kind == "constant"]
+    if op.kind != "mul" or len(op.inputs) != 2 or len(factors) != 1:
+        return None
+    (moved,) = (i for i in op.inputs if i is not factors[0])
+    layer = moved
+    while layer.kind in ("view", "permute", "transpose") and len(layer.users) == 1:
+        layer = layer.inputs[0]
+    if layer.kind not in ("convolution", "linear") or len(layer.users) > 1 or not layer.weight:
+        return None
+    channels = layer.shape[1 if layer.kind == "convolution" else -1]
+    return moved if channels == factors[0].size == max(factors[0].shape) else None
 
 
 def alive(ops: list[Op]) -> list[Op]:

@@ -2,13 +2,15 @@
 
 The graph keeps the module's parameter names. It is captured in eval mode, so dropout and
 stochastic depth are absent from it, and every BatchNorm that follows a convolution or a linear
-layer is folded into that layer's weight and bias.
+layer is folded into that layer's weight and bias, as is every factor for each of its channels
+(ConvNeXt's and CaiT's layer scale): what is folded has no parameter of its own any more.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
+import math
 import operator
 import traceback
 from collections.abc import Sequence
@@ -87,7 +89,7 @@ def tensor_of(graph_module: GraphModule, node: Node | None) -> Tensor | None:
 
 
 def capture(module: nn.Module, example_inputs: Sequence[Tensor]) -> GraphModule:
-    """Capture `module` with a dynamic batch and fold its BatchNorms.
+    """Capture `module` with a dynamic batch; fold its BatchNorms and layer scales.
 
     Args:
         module: any `nn.Module`; it is not changed.
@@ -109,6 +111,7 @@ def capture(module: nn.Module, example_inputs: Sequence[Tensor]) -> GraphModule:
     _simplify(graph_module)
     canonicalize(graph_module.graph)
     fold_batchnorm(graph_module)
+    fold_scales(graph_module)
     graph_module.recompile()
     return graph_module
 
@@ -183,35 +186,16 @@ def fold_batchnorm(graph_module: GraphModule) -> int:
     """
     folded = 0
     for bn in list(graph_module.graph.nodes):
-        if bn.target is not aten.batch_norm.default:
+        if bn.target is not aten.batch_norm.default or not _foldable(layer := bn.args[0]):
             continue
-        layer = bn.args[0]
-        if layer.target not in WEIGHTED or len(layer.users) > 1 or len(layer.args[1].users) > 1:
-            continue
-        if any(n is not None and n.op != "get_attr" for n in layer.args[1:3]):
-            continue  # computed, as by weight_norm
         gamma, beta, mean, var = (tensor_of(graph_module, n) for n in bn.args[1:5])
-        weight = tensor_of(graph_module, layer.args[1])
-        bias = tensor_of(graph_module, layer.args[2]) if len(layer.args) > 2 else None
-        assert weight is not None and mean is not None and var is not None
+        assert mean is not None and var is not None
         # float64: rounding twice in float32 would show up as a step of the integers later
         factor = (var.double() + bn.args[7]).rsqrt()
         if gamma is not None:
             factor = factor * gamma.double()
-        shift = (bias.double() if bias is not None else 0.0) - mean.double()
-        new_bias = shift * factor + (beta.double() if beta is not None else 0.0)
-        with torch.no_grad():
-            weight.copy_(_scaled(weight, factor, WEIGHTED[layer.target], groups_of(layer)))
-        if bias is not None:
-            with torch.no_grad():
-                bias.copy_(new_bias)
-        else:
-            owner = layer.args[1].target.rpartition(".")[0]
-            parameter = nn.Parameter(new_bias.to(weight.dtype))
-            graph_module.get_submodule(owner).register_parameter("bias", parameter)
-            with graph_module.graph.inserting_after(layer.args[1]):
-                bias_node = graph_module.graph.get_attr(f"{owner}.bias".lstrip("."))
-            layer.args = (*layer.args[:2], bias_node, *layer.args[3:])
+        shift = -mean.double() * factor + (beta.double() if beta is not None else 0.0)
+        _fold(graph_module, layer, factor, shift)
         # the output is BatchNorm's now, for whoever looks for it by its module path
         layer.meta["nn_module_stack"] = bn.meta.get("nn_module_stack")
         bn.replace_all_uses_with(layer)
@@ -220,6 +204,121 @@ def fold_batchnorm(graph_module: GraphModule) -> int:
     graph_module.graph.eliminate_dead_code()
     _drop_unused_tensors(graph_module)
     return folded
+
+
+def fold_scales(graph_module: GraphModule) -> int:
+    """Fold each stored factor for every channel into the layer before it; return how many.
+
+    Between the two there may be what moves whole channels; a tap there sees them scaled. Left
+    alone is what is read elsewhere too.
+    """
+    folded = 0
+    for mul in graph_module.graph.find_nodes(op="call_function", target=aten.mul.Tensor):
+        for scale, x in (arguments(mul), arguments(mul)[::-1]):
+            factor = _stored(graph_module, scale)
+            if factor is None or (layer := _scaled_layer(mul, x, factor)) is None:
+                continue
+            _fold(graph_module, layer, factor.double().flatten(), None)
+            mul.replace_all_uses_with(x)
+            graph_module.graph.erase_node(mul)
+            folded += 1
+            break
+    graph_module.graph.eliminate_dead_code()
+    _drop_unused_tensors(graph_module)
+    return folded
+
+
+def _stored(graph_module: GraphModule, node: Any) -> Tensor | None:
+    """The parameter or buffer that `node` reads or reshapes, in its shape; None if it does not."""
+    root = node
+    while isinstance(root, Node) and len(root.users) == 1 and root.target in RESHAPING:
+        root = arguments(root)[0]
+    if not isinstance(root, Node) or root.op != "get_attr" or len(root.users) > 1:
+        return None
+    tensor = tensor_of(graph_module, root)
+    return None if tensor is None else tensor.reshape(node.meta["val"].shape)
+
+
+def _scaled_layer(mul: Node, x: Any, factor: Tensor) -> Node | None:
+    """The layer whose output channels, on their way through `x`, `factor` multiplies."""
+    wide = [axis - factor.dim() for axis, size in enumerate(factor.shape) if size > 1]
+    if len(wide) != 1 or not isinstance(x, Node) or "val" not in x.meta:
+        return None
+    rank = len(mul.meta["val"].shape)
+    axis = rank + wide[0]
+    if len(x.meta["val"].shape) != rank or x.meta["val"].shape[axis] != factor.numel():
+        return None
+    while len(x.users) == 1:
+        if _foldable(x):
+            at = rank - 1 if x.target is aten.linear.default else 1
+            return x if axis == at else None
+        if x.target not in CHANNELS_BEFORE or "val" not in arguments(x)[0].meta:
+            return None
+        found = CHANNELS_BEFORE[x.target](x, axis)
+        if found is None:
+            return None
+        axis, x = found, arguments(x)[0]
+        rank = len(x.meta["val"].shape)
+    return None
+
+
+def _permuted(node: Node, axis: int) -> int:
+    return int(arguments(node)[1][axis]) % len(node.meta["val"].shape)
+
+
+def _transposed(node: Node, axis: int) -> int:
+    rank = len(node.meta["val"].shape)
+    a, b = (int(i) % rank for i in arguments(node)[1:3])
+    return {a: b, b: a}.get(axis, axis)
+
+
+def _reshaped(node: Node, axis: int) -> int | None:
+    """The axis of the same size before which as many numbers stand behind."""
+    after, before = node.meta["val"].shape, arguments(node)[0].meta["val"].shape
+    behind = math.prod(after[axis + 1 :])
+    for index in reversed(range(len(before))):
+        size = before[index]
+        if not isinstance(size, int):  # it depends on the batch
+            return None
+        if size == after[axis] and math.prod(before[index + 1 :]) == behind:
+            return index
+    return None
+
+
+RESHAPING = {aten.reshape.default, aten.unsqueeze.default}
+# operators that leave channels whole -> the axis of the input that an axis of the output was
+CHANNELS_BEFORE = {
+    aten.permute.default: _permuted,
+    aten.transpose.int: _transposed,
+    **dict.fromkeys((aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int), _reshaped),
+}
+
+
+def _foldable(layer: Node) -> bool:
+    """Whether this is a layer whose stored weight and bias, and output, nothing else reads."""
+    if layer.target not in WEIGHTED or len(layer.users) > 1:
+        return False
+    # computed, as by weight_norm: not stored
+    stored = [n for n in arguments(layer)[1:3] if n is not None]
+    return all(n.op == "get_attr" and len(n.users) == 1 for n in stored)
+
+
+def _fold(graph_module: GraphModule, layer: Node, factor: Tensor, shift: Tensor | None) -> None:
+    """Let `layer` give its output channels times `factor` plus `shift`, (C,) in float64 each."""
+    weight_node, bias_node = (*arguments(layer)[1:3], None)[:2]
+    weight, bias = tensor_of(graph_module, weight_node), tensor_of(graph_module, bias_node)
+    assert weight is not None
+    with torch.no_grad():
+        weight.copy_(_scaled(weight, factor, WEIGHTED[layer.target], groups_of(layer)))  # type: ignore[index]  # operators are its keys
+        if bias is not None:
+            bias.copy_(bias.double() * factor + (0.0 if shift is None else shift))
+    if bias is None and shift is not None:
+        owner = weight_node.target.rpartition(".")[0]
+        parameter = nn.Parameter(shift.to(weight.dtype))
+        graph_module.get_submodule(owner).register_parameter("bias", parameter)
+        with graph_module.graph.inserting_after(weight_node):
+            bias_node = graph_module.graph.get_attr(f"{owner}.bias".lstrip("."))
+        layer.args = (*layer.args[:2], bias_node, *layer.args[3:])
 
 
 def _scaled(weight: Tensor, factor: Tensor, axis: int, groups: int) -> Tensor:

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from torchao.quantization.pt2e import FakeQuantizeBase
 
 Observer = Literal["minmax", "moving-average", "percentile", "mse"]
-MIN_SCALE = 1e-9
+MIN_SCALE = 2**-23  # float32's eps, as in torch's observers
+# OpenVINO takes a range's end within 1e-6 of 0 for 0, and the zero point with it
+MIN_END = 2e-6
 # Candidate clipping ranges of the "mse" observer, as a share of the observed range.
 # No two have a simple ratio: where a tensor of 0.98 the range of another goes into it, multiples
 # of 25 lie between two integers, and each runtime rounds them as its arithmetic happens to.
@@ -229,6 +231,7 @@ class FakeQuant(FakeQuantizeBase):  # type: ignore[misc]  # torchao ships no typ
         if self.symmetric:
             scale = torch.maximum(-low, high) / self.high
             return scale.clamp(min=MIN_SCALE), torch.zeros_like(scale)
+        low = low * (low < -MIN_END)
         scale = ((high - low) / (self.high - self.low)).clamp(min=MIN_SCALE)
         return scale, (self.low - (low / scale).round()).clamp(self.low, self.high)
 

@@ -29,7 +29,9 @@ from edgekd.target import QuantScheme
 
 aten = torch.ops.aten
 
-Kind = Literal["conv", "conv_transpose", "linear", "matmul", "add", "mul", "concat", "pool", "pass"]
+Kind = Literal[
+    "conv", "conv_transpose", "linear", "matmul", "add", "sub", "mul", "concat", "pool", "pass"
+]
 
 KINDS: dict[Any, Kind] = {
     aten.conv1d.default: "conv",
@@ -45,6 +47,7 @@ KINDS: dict[Any, Kind] = {
     aten.matmul.default: "matmul",
     aten.bmm.default: "matmul",
     aten.add.Tensor: "add",
+    aten.sub.Tensor: "sub",
     aten.mul.Tensor: "mul",
     aten.cat.default: "concat",
     aten.avg_pool2d.default: "pool",
@@ -76,10 +79,12 @@ MOVING = {op for op, kind in KINDS.items() if kind == "pass"} | {
 }  # fmt: skip
 # kinds whose kernels multiply: what "runs in integers" is about
 MATRIX: tuple[Kind, ...] = ("conv", "conv_transpose", "linear", "matmul")
+# kinds that a convolution's kernel takes along, see `QuantScheme.add_inputs`
+SUMS: tuple[Kind, ...] = ("add", "sub")
 # kinds whose kernel takes the activation behind them along
-FUSING: tuple[Kind, ...] = ("conv", "conv_transpose", "linear", "add")
+FUSING: tuple[Kind, ...] = ("conv", "conv_transpose", "linear", *SUMS)
 # kinds that are cheap: worth it in integers only where integers come in
-FOLLOWING: tuple[Kind, ...] = ("add", "mul", "concat", "pool")
+FOLLOWING: tuple[Kind, ...] = (*SUMS, "mul", "concat", "pool")
 
 
 def upper_bound(node: Node) -> float | None:
@@ -234,9 +239,9 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no type
         args = arguments(node)
         if kind == "concat":
             return list(args[0])
-        if kind not in ("add", "mul", "matmul"):
+        if kind not in (*SUMS, "mul", "matmul"):
             return [args[0]]
-        return [t for t in args[:2] if not (kind == "add" and self._joins(t))]
+        return [t for t in args[:2] if not (kind in SUMS and self._joins(t))]
 
     def _joins(self, node: Node) -> bool:
         """Whether `node` is the convolution that the residual Add behind it is fused into.
@@ -246,7 +251,7 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no type
         if self.scheme.add_inputs != "skip" or len(node.users) != 1:
             return False
         (add,) = node.users
-        if self._kind(add) != "add":
+        if self._kind(add) not in SUMS:
             return False
         ends = (t for t in arguments(add)[:2] if self._kind(t) == "conv" and len(t.users) == 1)
         return next(ends, None) is node

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -72,7 +73,8 @@ class Sensitivity(_Row):
         sqnr_db: of the network all in integers (but for `float_layers` that were given).
         integer_drop: of the metric, from the float network to that one, as a share of 1.
         drop: with the chosen layers in float; at most `max_drop`.
-        price_unit: "ms" from the target's latency table, or "MACs", which are not time.
+        price_unit: "ms" that a layer takes longer in float, which the target's latency model
+            estimates, or "MACs", which are not time.
     """
 
     metric_name: str
@@ -100,11 +102,14 @@ class Sensitivity(_Row):
                 f"no layer needs to stay in float: {self.metric_name} drops by "
                 f"{100 * self.drop:.2f} points {where}"
             )
-        total = sum(effect.price for effect in self.layers) or 1.0
-        share = sum(effect.price for effect in self.layers if effect.in_float) / total
+        price = sum(effect.price for effect in self.layers if effect.in_float)
+        share = price / (sum(effect.price for effect in self.layers) or 1.0)
+        dear = f"{share:.1%} of their MACs"
+        if self.price_unit == "ms":
+            dear = f"{price:.3g} ms slower than integers, estimated"
         return (
             f"in float stay {', '.join(self.in_float)} ({len(self.in_float)} of "
-            f"{len(self.layers)} layers, {share:.1%} of their {self.price_unit}): "
+            f"{len(self.layers)} layers, {dear}): "
             f"{self.metric_name} drops by {100 * self.drop:.2f} points, not by "
             f"{100 * self.integer_drop:.2f}, {where}"
         )
@@ -123,7 +128,7 @@ def mixed_precision(
     correct_bias: bool = False,
     samples: int = 1024,
     layer_samples: int = 256,
-    cost_ms: Mapping[str, float] | None = None,
+    cost_ms: Mapping[str, float] = MappingProxyType({}),
 ) -> Sensitivity:
     """The fewest layers of `calibrated` in float for which the metric drops by `max_drop` or less.
 
@@ -144,16 +149,17 @@ def mixed_precision(
             only rank, are without.
         samples: to measure the drop of a set of layers on, the first ones of the data.
         layer_samples: to measure each single layer's effect on.
-        cost_ms: latency of each layer in float, by name; without it the price is its MACs.
+        cost_ms: how much longer each layer takes in float, by name; where it lacks one, the price
+            of each is its MACs.
 
     Raises:
         ModelError: all layers but one in float drop more than `max_drop`.
-        RecipeError: no task, and outputs that are not (N, K); `cost_ms` lacks a layer.
+        RecipeError: no task, and outputs that are not (N, K).
         DataError: the data gives no batch.
     """
     batches, split = held_out(data, samples)
     trials = _Trials(net, calibrated, inputs, observer)
-    prices = _prices(calibrated, trials.captured, cost_ms)
+    prices, unit = _prices(calibrated, trials.captured, cost_ms)
     judge = _Judge.of(trials.captured_network, _first(batches, layer_samples), task, on)
     integer_db, integer = judge(trials.with_float(()))
     ranked = rank(_effects(judge, trials, prices, integer_db, integer))
@@ -167,7 +173,7 @@ def mixed_precision(
     return Sensitivity(
         metric_name=whole.metric_name, split=split, n=whole.n, n_layers=judge.n,
         sqnr_db=integer_db, integer_drop=drop(), drop=drop(*kept), max_drop=max_drop,
-        price_unit="MACs" if cost_ms is None else "ms",
+        price_unit=unit,
         layers=tuple(e.model_copy(update={"in_float": e.layer in kept}) for e in ranked),
     )  # fmt: skip
 
@@ -369,17 +375,14 @@ def _layers(net: Network) -> list[str]:
 
 
 def _prices(
-    calibrated: Network, captured: GraphModule, cost_ms: Mapping[str, float] | None
-) -> dict[str, float]:
-    """Price of each integer layer in float: its latency in ms, or its MACs."""
+    calibrated: Network, captured: GraphModule, cost_ms: Mapping[str, float]
+) -> tuple[dict[str, float], Literal["ms", "MACs"]]:
+    """Price of each integer layer in float, and in what."""
     layers = _layers(calibrated)
-    if cost_ms is None:
-        macs = layer_macs(captured, calibrated.io.example(2))
-        return {layer: macs.get(layer, 0.0) for layer in layers}
-    for layer in layers:
-        if layer not in cost_ms:
-            raise RecipeError(f"cost_ms has no latency of layer {layer!r}; give one for each layer")
-    return {layer: cost_ms[layer] for layer in layers}
+    if cost_ms.keys() >= set(layers):
+        return {layer: cost_ms[layer] for layer in layers}, "ms"
+    macs = layer_macs(captured, calibrated.io.example(2))
+    return {layer: macs.get(layer, 0.0) for layer in layers}, "MACs"
 
 
 def layer_macs(captured: GraphModule, example: Sequence[Tensor]) -> dict[str, float]:

@@ -15,6 +15,7 @@ from edgekd.knowledge.feature import HintLoss
 from edgekd.knowledge.learning import learn
 from edgekd.knowledge.taps import Hints
 from edgekd.knowledge.teachers import TeacherLike
+from edgekd.latency.model import LatencyModel
 from edgekd.network import Network
 from edgekd.quantization.bias_correction import correct_biases
 from edgekd.quantization.calibration import calibrate, settle
@@ -80,8 +81,9 @@ def quantize(
             training, see `correct_biases`.
         float_layers: layers that stay in float, by their module's path.
         max_drop: the fewest further layers stay in float for which the metric drops by this or
-            less, as a share of 1, before any training; see `mixed_precision`. With a `run`, the
-            table of all layers is in its `sensitivity.json`.
+            less, as a share of 1, before any training; see `mixed_precision`. Each is priced by
+            the target's latency model where its kernels were measured, else by MACs. With a
+            `run`, the table of all layers is in its `sensitivity.json`.
         freeze_scales: share of the training behind which scales stay as they are; 1: they learn
             to its end.
         hints, hint_weight, hint_loss, cache: see `distill`; paths are those of the float network.
@@ -109,6 +111,7 @@ def quantize(
         table = mixed_precision(
             net, student, max_drop=max_drop, data=data, task=task, inputs=inputs,
             observer=observer, on=on, correct_bias=correct_bias,
+            cost_ms=_float_costs_ms(net, target),
         )  # fmt: skip
         console.print(f"quantize: {table.summary}")
         if run is not None:
@@ -165,6 +168,14 @@ def _calibrated(
         graph.to(inputs[0].device)
     calibrate(graph, inputs, observer)
     return net.quantized(graph.to("cpu"), target.scheme, float_layers)
+
+
+def _float_costs_ms(net: Network, target: Target) -> dict[str, float]:
+    """See `LatencyModel.float_costs_ms`; empty too where nothing is known of the target."""
+    try:
+        return LatencyModel.load(target).float_costs_ms(net)
+    except (TargetError, ModelError):
+        return {}
 
 
 def calibration_inputs(data: BatchSource, count: int) -> list[Tensor]:

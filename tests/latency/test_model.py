@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torchvision.models import resnet18
 
 from edgekd.errors import TargetError
 from edgekd.latency.fusion import kernels_of
@@ -16,7 +18,8 @@ from edgekd.latency.profiles import ProfileRow, append_rows, own_file
 from edgekd.latency.tracing import trace
 from edgekd.models.resnet import resnet
 from edgekd.network import Network
-from edgekd.target import Target
+from edgekd.quantization.sensitivity import LayerEffect, rank
+from edgekd.target import Precision, Target
 
 KINDS: tuple[ProbeKind, ...] = ("dense", "depthwise", "transformer")
 CLOCK_MS = 0.002
@@ -29,21 +32,27 @@ def law(kernel: Kernel) -> float:
     return 0.001 + compute + 4 * (kernel.reads + kernel.writes + kernel.weights) / 10e6
 
 
-def kernels(kind: ProbeKind, seed: int, target: Target) -> list[Kernel]:
+def kernels(
+    kind: ProbeKind, seed: int, target: Target, precision: Precision = "fp32"
+) -> list[Kernel]:
     with torch.device("meta"):
         module, shape = probe(kind, seed)
-    return kernels_of(trace(module, [shape]), target.runtime, None)
+    scheme = target.scheme if precision == "int8" else None
+    return kernels_of(trace(module, [shape]), target.runtime, scheme)
 
 
-def rows(target: Target, per_kind: int = 4, slower: float = 1.0) -> list[ProfileRow]:
+def rows(
+    target: Target, per_kind: int = 4, slower: float = 1.0, precision: Precision = "fp32",
+    law: Callable[[Kernel], float] = law,
+) -> list[ProfileRow]:  # fmt: skip
     made = []
     draw = np.random.default_rng(0)
     for kind in KINDS:
         for seed in range(per_kind):
-            found = kernels(kind, seed, target)
+            found = kernels(kind, seed, target, precision)
             times = [slower * law(k) for k in found]
             common = ProfileRow(
-                kind="network", network=f"{kind}-{seed}", precision="fp32", threads=1,
+                kind="network", network=f"{kind}-{seed}", precision=precision, threads=1,
                 p50_ms=sum(times) * 1.05, quiet_ms=sum(times), runs=100, clock="cpu",
                 runtime=target.runtime, runtime_version="0", host="made up",
                 instruction_set="none", conditions="none", date="2026-11-24", origin="host",
@@ -114,6 +123,60 @@ def test_measurements_move_it(home):
     assert [model.estimate(net, "fp32").p50_ms for net in nets] == before
     several = model.corrected([(n, "fp32", ms**1.1) for n, ms in zip(nets, before, strict=True)])
     assert several.estimate(nets[1], "fp32").p50_ms == pytest.approx(before[1] ** 1.1, rel=0.05)
+
+
+class Two(nn.Module):
+    """A dense layer and a depthwise one, on 32 × 32 pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = nn.Conv2d(64, 64, 3, padding=1)
+        self.depthwise = nn.Conv2d(64, 64, 3, padding=1, groups=64)
+
+    def forward(self, x):
+        return self.depthwise(self.dense(x).relu()).relu()
+
+
+def test_what_a_layer_costs_in_float_is_of_the_device(home):
+    """Made up: a depthwise layer is 30 times slower in float, a dense one as fast as in integers.
+
+    So the dense one is preferred in float, of which MACs say that it is the dearer.
+    """
+    target = Target.load("host-onnxruntime")
+
+    def floats(kernel: Kernel) -> float:
+        return (30 if kernel.groups > 1 and kernel.macs else 1) * law(kernel)
+
+    append_rows(own_file(target), rows(target, law=floats))
+    net = Network(Two(), torch.zeros(1, 64, 32, 32))
+    assert LatencyModel.load(target).float_costs_ms(net) == {}  # nothing is known of integers
+    append_rows(own_file(target), rows(target, precision="int8"))
+    costs = LatencyModel.load(target).float_costs_ms(net)
+    macs = 32 * 32 * 64 * 9
+    map_ms = 0.001 + 8 * 32 * 32 * 64 / 10e6  # to read and write one map
+    alone = law(Kernel("Conv", 64, 64, 3, 1, 64, 32, 32, "", 32 * 32 * 64, 32 * 32 * 64))
+    assert alone == pytest.approx(map_ms + macs / 50e6, rel=0.01)
+    # conversions to float and back, each with its transposition, and reorders to blocks and back
+    assert costs["depthwise"] == pytest.approx(29 * alone + 6 * map_ms, rel=0.2)
+    assert costs["dense"] == pytest.approx(6 * map_ms, rel=0.5)
+    effects = [LayerEffect(layer=name, sqnr_gain_db=1.0, metric_gain=0.0, price=price)
+               for name, price in costs.items()]  # fmt: skip
+    assert [effect.layer for effect in rank(effects)] == ["dense", "depthwise"]
+    moved = LatencyModel.load(target).corrected([(net, "int8", 1.0)])
+    assert moved.float_costs_ms(net) == {}  # of a related device: its kernels are not this one's
+
+
+@pytest.mark.parametrize("name", ["host-onnxruntime", "intel-cpu"])
+def test_shipped_profiles_price_every_layer(name: str):
+    net = Network(resnet18(), torch.zeros(1, 3, 64, 64))
+    model = LatencyModel.load(name)
+    costs = model.float_costs_ms(net)
+    weighted = [path for path, part in net.module.named_modules()
+                if isinstance(part, (nn.Conv2d, nn.Linear))]  # fmt: skip
+    assert costs.keys() == set(weighted)
+    assert all(math.isfinite(ms) and ms > 0 for ms in costs.values())
+    saved = model.estimate(net, "fp32").p50_ms - model.estimate(net, "int8").p50_ms
+    assert 0.9 < sum(costs.values()) / saved < 1.3  # each alone has conversions of its own
 
 
 def test_a_related_device_needs_few_networks(home):

@@ -137,6 +137,96 @@ def test_batchnorm_without_a_layer_before_it_stays():
     torch.testing.assert_close(graph(x), module(x))
 
 
+class Scaled(nn.Module):
+    """What `function` makes of layers and a factor for each of 6 channels."""
+
+    def __init__(self, function: Callable[[Any, Tensor], Tensor], *shape: int) -> None:
+        super().__init__()
+        self.function = function
+        self.conv, self.grouped = nn.Conv2d(3, 6, 3), nn.Conv2d(3, 6, 1, groups=3, bias=False)
+        self.up, self.linear = nn.ConvTranspose2d(3, 6, 2, groups=3), nn.Linear(3, 6)
+        self.gamma = nn.Parameter(torch.randn(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)
+
+
+def last(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1)
+
+
+def first(x: Tensor) -> Tensor:
+    return x.permute(0, 3, 1, 2)
+
+
+WITH_SCALES: dict[str, tuple[Callable[[Any, Tensor], Tensor], tuple[int, ...]]] = {
+    "conv": (lambda m, x: m.conv(x) * m.gamma, (6, 1, 1)),
+    "grouped, no bias": (lambda m, x: m.gamma * m.grouped(x), (1, 6, 1, 1)),
+    "transposed, grouped": (lambda m, x: m.up(x) * m.gamma, (6, 1, 1)),
+    "linear over tokens": (lambda m, x: m.linear(x.flatten(2).mT) * m.gamma, (6,)),
+    "ConvNeXt": (lambda m, x: m.gamma * first(m.linear(last(x))), (6, 1, 1)),
+    "ConvNeXt of timm": (
+        lambda m, x: first(m.linear(last(x))) * m.gamma.reshape(1, -1, 1, 1), (6,)
+    ),
+    "transposed behind": (lambda m, x: m.linear(x.flatten(2).mT).transpose(1, 2) * m.gamma, (6, 1)),
+    "between reshapes": (lambda m, x: m.conv(x).flatten(2).unflatten(2, (6, 6)) * m.gamma,
+                         (6, 1, 1)),
+}  # fmt: skip
+
+
+def muls(graph: GraphModule) -> int:
+    return sum("mul" in str(node.target) for node in graph.graph.nodes)
+
+
+@pytest.mark.parametrize("case", WITH_SCALES)
+def test_a_factor_for_each_channel_is_folded_exactly(case: str):
+    function, shape = WITH_SCALES[case]
+    torch.manual_seed(0)
+    module = Scaled(function, *shape).eval()
+    graph = capture(module, (torch.zeros(2, 3, 8, 8),))
+    assert muls(graph) == 0
+    assert "gamma" not in dict(graph.named_parameters())
+    x = torch.randn(5, 3, 8, 8)
+    torch.testing.assert_close(graph(x), module(x), rtol=1e-5, atol=1e-6)
+
+
+def read_twice(m: Scaled, x: Tensor) -> Tensor:
+    y = m.conv(x)
+    return y * m.gamma + y
+
+
+def factor_read_twice(m: Scaled, x: Tensor) -> Tensor:
+    return m.conv(x) * m.gamma + m.gamma
+
+
+def heads_mixed(m: Scaled, x: Tensor) -> Tensor:
+    """The factor is of parts of channels by then."""
+    return m.linear(last(x)).reshape(-1, 64, 3, 2).transpose(2, 3) * m.gamma
+
+
+WITH_OTHERS: dict[str, tuple[Callable[[Any, Tensor], Tensor], tuple[int, ...]]] = {
+    "output read twice": (read_twice, (6, 1, 1)),
+    "factor read twice": (factor_read_twice, (6, 1, 1)),
+    "over columns": (lambda m, x: m.conv(x) * m.gamma, (6,)),  # there are 6 of them too
+    "over rows of tokens": (lambda m, x: m.linear(x[:, :, :6, :1].flatten(2).mT) * m.gamma, (6, 1)),
+    "behind an activation": (lambda m, x: m.conv(x).relu() * m.gamma, (6, 1, 1)),
+    "of pixels too": (lambda m, x: m.conv(x) * m.gamma, (6, 6, 1)),
+    "of parts of channels": (heads_mixed, (3,)),
+    "weight read twice": (lambda m, x: m.conv(x) * m.gamma + m.conv(x.flip(2)), (6, 1, 1)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WITH_OTHERS)
+def test_a_factor_stays_where_folding_would_change_something_else(case: str):
+    function, shape = WITH_OTHERS[case]
+    torch.manual_seed(0)
+    module = Scaled(function, *shape).eval()
+    graph = capture(module, (torch.zeros(2, 3, 8, 8),))
+    assert muls(graph) == 1
+    x = torch.randn(5, 3, 8, 8)
+    torch.testing.assert_close(graph(x), module(x))
+
+
 def test_the_module_is_not_changed():
     module = lived(resnet(num_classes=4, widths=[8]))
     module.train()

@@ -244,6 +244,14 @@ def test_a_scale_stays_positive_in_training():
 # ---- calibration ---------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("low", "zero"), [(-1e-6, 0), (-5e-6, 42), (-1.0, 128)])
+def test_an_end_that_openvino_takes_for_zero_is_zero(low: float, zero: int):
+    made = FakeQuant(dtype=torch.uint8, symmetric=False)
+    calibrated(made, [torch.tensor([low, -low])], "minmax")
+    assert made.scale.item() >= MIN_SCALE
+    assert abs(int(made.zero_point) - zero) <= 1
+
+
 def calibrated(made: FakeQuant, batches: list[Tensor], observer: str) -> FakeQuant:
     made.mode = "range"
     for x in batches:

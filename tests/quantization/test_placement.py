@@ -125,6 +125,10 @@ CASES = {
         lambda m, x: m.relu6(m.a(x) + m.b(x)), ["x", "conv2d", "conv2d_1", "hardtanh"], AB,
         bounds={"hardtanh": 6},
     ),
+    "sub relu": Case(lambda m, x: F.relu(m.a(x) - x), ["x", "conv2d", "relu"]),
+    "sub of a number stays float": Case(
+        lambda m, x: m.b(m.a(x) - 1.5), ["x", "conv2d", "sub", "conv2d_1"], AB
+    ),
     "add of floats stays float": Case(
         lambda m, x: m.a(torch.tanh(x) + torch.sigmoid(x)), ["add", "conv2d"]
     ),
@@ -311,7 +315,7 @@ TRANSPOSED = {  # for schemes with "conv_transpose"
 @pytest.mark.parametrize("name", [*CASES, *TRANSPOSED])
 def test_which_tensors_are_quantized(name: str, scheme: QuantScheme):
     case = (CASES | TRANSPOSED)[name]
-    scheme = scheme.model_copy(update={"ops": (*scheme.ops, "matmul", "conv_transpose")})
+    scheme = scheme.model_copy(update={"ops": (*scheme.ops, "matmul", "conv_transpose", "sub")})
     graph = place(graph_of(case.function, case.shape), scheme)
     assert quantized_activations(graph) == case.activations
     assert sharing(graph) == case.shared
@@ -336,7 +340,7 @@ def test_every_operator_of_the_table_is_in_a_case():
     assert {str(op) for op in KINDS} - {str(op) for op in met} == {"aten.constant_pad_nd.default"}
 
 
-ALL = ("conv", "linear", "matmul", "add", "mul", "concat", "pool")
+ALL = ("conv", "linear", "matmul", "add", "sub", "mul", "concat", "pool")
 
 
 @pytest.mark.parametrize(
@@ -345,6 +349,7 @@ ALL = ("conv", "linear", "matmul", "add", "mul", "concat", "pool")
         ("conv", "conv", []),
         ("linear", "linear in the middle", []),
         ("add", "add relu", ["x", "conv2d"]),
+        ("sub", "sub relu", ["x", "conv2d"]),
         ("concat", "concat", ["x", "conv2d", "cat", "conv2d_1"]),
         ("pool", "mean", ["x", "conv2d"]),
         ("mul", "mul", ["x", "conv2d", "adaptive_avg_pool2d"]),
@@ -401,6 +406,7 @@ def test_a_scheme_without_outputs_quantizes_inputs_only(scheme: QuantScheme):
         # TensorRT fuses the Add into the convolution that it follows: only the skip is quantized
         (lambda m, x: m.b(F.relu(m.a(x) + x)), ["x", "relu"]),
         (lambda m, x: m.b(F.relu(x + m.a(x))), ["x", "relu"]),
+        (lambda m, x: m.b(F.relu(m.a(x) - x)), ["x", "relu"]),
         # two convolutions: the second is the skip
         (lambda m, x: m.b(F.relu(m.a(x) + m.depthwise(x))), ["x", "conv2d_1", "relu"]),
     ],
@@ -408,7 +414,8 @@ def test_a_scheme_without_outputs_quantizes_inputs_only(scheme: QuantScheme):
 def test_of_a_residual_add_the_skip_alone(
     function: Function, expected: list[str], scheme: QuantScheme
 ):
-    skip = scheme.model_copy(update={"add_inputs": "skip", "outputs": False})
+    changes = {"add_inputs": "skip", "outputs": False, "ops": (*scheme.ops, "sub")}
+    skip = scheme.model_copy(update=changes)
     graph = place(graph_of(function, (4, 8, 8)), skip)
     assert quantized_activations(graph) == expected
     # a runtime that quantizes outputs too has no quantizer inside the fused kernel either

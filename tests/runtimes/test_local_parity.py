@@ -10,9 +10,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
+import torch.nn.functional as F
 from onnx import numpy_helper
 from torch import Tensor, nn
 
+from edgekd.latency import runtime_graph
+from edgekd.latency.runtime_graph import RuntimeNode, runtime_nodes
 from edgekd.network import Network
 from edgekd.quantization.calibration import round_biases
 from edgekd.quantization.placement import quantized_activations, quantizers
@@ -119,6 +122,84 @@ def test_several_outputs_and_an_activation_that_is_read_twice(host: Target, tmp_
     written = [output.name for output in onnx.load(artifact.path).graph.output]
     assert written == ["scores", "map"]  # the second one is dequantized, and keeps its name
     assert_sound(local(artifact.path, net, torch.randn(8, 3, 8, 8), shipped=True))
+
+
+class Between(nn.Module):
+    """What `function` makes of two convolutions, between integers."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+        self.first, self.second = (nn.Conv2d(3, 8, 3, padding=1) for _ in range(2))
+        self.last, self.head = nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.function(self.first(x), self.second(x)).relu()
+        return self.head(self.last(y).mean((2, 3)))
+
+
+def between(
+    function: Callable[[Tensor, Tensor], Tensor], target: Target, folder: Path, second: float = 1.0
+) -> list[RuntimeNode]:
+    """The kernels of an artifact that is sound, operator by operator and from end to end."""
+    torch.manual_seed(0)
+    module = Between(function)
+    with torch.no_grad():
+        for parameter in module.second.parameters():
+            parameter.mul_(second)
+    net = quantize(
+        Network(module, torch.zeros(1, 3, 16, 16)), target=target,
+        data=[torch.randn(16, 3, 16, 16)], accelerator="cpu",
+    )  # fmt: skip
+    path = export(net, target=target, out=folder).path
+    runtime, x = get_runtime(target.runtime), torch.randn(8, 3, 16, 16)
+    shipped = runtime.load(path, threads=1)
+    written = runtime.load(path, threads=1, emulated=True) if runtime.plain else None
+    assert_sound(local_parity(net, x, written=written, shipped=shipped))
+    with torch.no_grad():
+        ours = net(x).numpy()
+    step = np.abs(ours).max() / 127
+    assert np.abs(shipped([x.numpy()])[0] - ours).mean() / step < 0.02
+    assert shipped.integer_share()[0] == 4
+    return runtime_nodes(target.runtime, path)
+
+
+def test_a_difference_is_a_convolutions_own_where_the_runtime_fuses_it(
+    host: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A quantizer inside OpenVINO's fused kernel, which does not round, costs 0.1 steps here."""
+    pytest.importorskip("openvino")
+    monkeypatch.setattr(runtime_graph, "RUNS", 2)
+    nodes = between(lambda a, b: a - b, host, tmp_path / "onnxruntime")
+    (own,) = [node for node in nodes if node.operator == "Sub"]
+    assert set(own.types) == {"float"}  # it has no integer kernel
+    nodes = between(lambda a, b: a - b, Target.load("intel-cpu"), tmp_path / "openvino")
+    (kernel,) = [n for n in nodes if "node_sub" in n.attributes["originalLayersNames"]]
+    assert (kernel.operator, kernel.types[0]) == ("Convolution", "u8")
+
+
+def test_a_branch_of_almost_nothing_is_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As ConvNeXt's are before training, times 1e-6: OpenVINO takes ends within 1e-6 of 0 for 0."""
+    pytest.importorskip("openvino")
+    monkeypatch.setattr(runtime_graph, "RUNS", 2)
+    between(torch.add, Target.load("intel-cpu"), tmp_path, second=5e-7)
+
+
+@pytest.mark.parametrize("name", ["host-onnxruntime", "intel-cpu"])
+def test_bilinear_resizes_are_exact_in_float_between_integers(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    pytest.importorskip("openvino")
+    monkeypatch.setattr(runtime_graph, "RUNS", 2)
+
+    def resized(a: Tensor, b: Tensor) -> Tensor:
+        by_factor = F.interpolate(a, scale_factor=1.5, mode="bilinear")
+        to_size = F.interpolate(b, (24, 24), mode="bilinear", align_corners=True)
+        return torch.cat([by_factor[:, :4], to_size[:, 4:]], 1)
+
+    nodes = between(resized, Target.load(name), tmp_path)
+    types = [node.types[0] for node in nodes if node.operator in ("Resize", "Interpolate")]
+    assert types in (["float"] * 2, ["f32"] * 2)
 
 
 def test_openvinos_operators_are_exact_and_a_kernel_that_showing_unfuses_is_told(
