@@ -42,6 +42,7 @@ CODINGS = {
     "log_distance": {"boxes": "log_distance", "quality": True},
     "offset": {"boxes": "offset", "weights": (10, 10, 5, 5), "scores": "softmax",
                "candidates_of": "class", "candidates": 30},
+    "distribution": {"boxes": "distribution", "bins": 8},
     "few": {"boxes": "distance", "candidates": 9, "detections": 7},
     "none": {"boxes": "distance", "score_threshold": 0.999999},
 }  # fmt: skip
@@ -82,10 +83,11 @@ def heads_of(coding: str, **changes) -> tuple[Network, Tensor]:
     """Such a network, and two inputs."""
     given = {"image": (48, 64), "levels": LEVELS, "score_threshold": 0.2} | CODINGS[coding]
     decoding = Decoding(**given | changes)
-    widths = [K + decoding.background, 4, 1][: 2 + decoding.quality]
+    widths = [K + decoding.background, 4 * max(decoding.bins, 1), 1][: 2 + decoding.quality]
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, A, sum(widths), generator=generator)
-    x[..., widths[0] : widths[0] + 4] = x[..., widths[0] : widths[0] + 4] * 0.5 + 1
+    boxes = slice(widths[0], widths[0] + widths[1])
+    x[..., boxes] = x[..., boxes] * (3 if decoding.bins else 0.5) + 1
     net = Network(Heads(widths, decoding), torch.zeros(1, A, sum(widths)), decoding=decoding)
     return net, x
 
@@ -145,7 +147,7 @@ def test_boxes_are_those_before_the_suppression(bundle):
 def test_half_precision_moves_boxes_by_less_than_half_a_pixel(coding, tmp_path):
     levels = (Level(grid=(320 // s, 320 // s), stride=(s, s), sizes=((s, s),)) for s in (8, 16, 32))
     decoding = Decoding(image=(320, 320), levels=tuple(levels), **CODINGS[coding])
-    widths = [K + decoding.background, 4, 1][: 2 + decoding.quality]
+    widths = [K + decoding.background, 4 * max(decoding.bins, 1), 1][: 2 + decoding.quality]
     x = torch.randn(1, 2100, sum(widths), generator=torch.Generator().manual_seed(0))
     net = Network(Heads(widths, decoding), torch.zeros_like(x), decoding=decoding)
     model = to_onnx(net, Target.load("jetson-nano"))
