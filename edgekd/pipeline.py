@@ -308,7 +308,7 @@ class _Run:
                 **self._learning, **options,
             )  # fmt: skip
 
-        inputs = self._inputs(section, options) | {"teacher": _keys(teachers)}
+        inputs = self._inputs(section, options) | {"teachers": _keys(teachers)}
         return self._stage("distill", inputs, make)
 
     def pruned(self, section: PruneSection, student: Node, teachers: list[Node]) -> Node:
@@ -320,7 +320,7 @@ class _Run:
 
         inputs = {
             "student": student.key,
-            "teacher": _keys(teachers),
+            "teachers": _keys(teachers),
             "options": options,
             "torch-pruning": version("torch-pruning"),
         }
@@ -341,7 +341,7 @@ class _Run:
 
         inputs = {
             "student": student.key,
-            "teacher": _keys(teachers),
+            "teachers": _keys(teachers),
             "scheme": target.scheme.model_dump(mode="json"),
             "options": options,
         }
@@ -678,10 +678,8 @@ def _nets(teachers: list[Node]) -> list[Network]:
     return [teacher.net for teacher in teachers]
 
 
-def _keys(teachers: list[Node]) -> str | list[str] | None:
-    """As earlier versions wrote it of one teacher, whose folders they still name."""
-    keys = [teacher.key for teacher in teachers]
-    return keys if len(keys) > 1 else next(iter(keys), None)
+def _keys(teachers: list[Node]) -> list[str]:
+    return [teacher.key for teacher in teachers]
 
 
 def _choose(

@@ -81,10 +81,11 @@ def densely(
     """
     of_classes = [t.classes.softmax(-1) if background else t.classes.sigmoid() for t in theirs]
     wanted = torch.stack(of_classes).mean(0)
-    each = torch.stack([t.foreground for t in theirs])
-    weight, total = each.mean(0), each.mean(0).sum().clamp(min=1)
-    goal = (torch.stack([t.boxes for t in theirs]) * each[..., None]).sum(0)
-    goal = goal / each.sum(0)[..., None].clamp(min=1e-12)
+    seen = torch.stack([t.foreground for t in theirs])
+    weight = seen.mean(0)
+    total = weight.sum().clamp(min=1)
+    goal = (torch.stack([t.boxes for t in theirs]) * seen[..., None]).sum(0)
+    goal = goal / seen.sum(0)[..., None].clamp(min=1e-12)
     classes = (
         F.kl_div(ours.classes.log_softmax(-1), wanted, reduction="none")
         if background

@@ -174,10 +174,10 @@ class Detection:
         """`loss` of boxes (N, M, 5), whose scores are to be `certainty` (N, M) times as high."""
         decoding = _known(self.decoding)
         classes, regression, *quality = heads(outputs, decoding)
-        truth = truth.to(regression.dtype)
-        used = (truth[..., 0] >= 0).any(0)
-        used[0] = True
-        truth = truth[:, used]  # most images have fewer boxes than the padding has room for
+        # most images have fewer boxes than the padding has room for; one row stays
+        truth = F.pad(truth.to(regression.dtype), (0, 0, 0, 1), value=-1)
+        used = F.pad((truth[:, :-1, 0] >= 0).any(0), (0, 1), value=True)
+        truth = truth[:, used]
         boxes = boxes_of(decoding, regression)
         known = classes.shape[-1] - decoding.background
         if int(truth[..., 0].max()) >= known:
@@ -191,7 +191,8 @@ class Detection:
         chosen = given >= 0
         row = given.clamp(min=0)
         if certainty is not None:
-            aligned = aligned * certainty[:, used].to(aligned.dtype).gather(1, row)
+            sure = F.pad(certainty.to(aligned.dtype), (0, 1))[:, used]
+            aligned = aligned * sure.gather(1, row)
         kind = truth[..., 0].gather(1, row).long().clamp(min=0)
         wanted = torch.zeros_like(scores).scatter(-1, kind[..., None], aligned[..., None])
         total = aligned.sum().clamp(min=1)
@@ -289,7 +290,7 @@ class Detection:
 
         So every box counts as much as any other (FGD, arXiv:2111.11837 §3.1).
         """
-        boxes = targets[0]
+        boxes = F.pad(targets[0], (0, 0, 0, 1), value=-1)  # there may be none at all
         scale = [n / of for n, of in zip(size, _known(self.decoding).image, strict=True)]
         low, high = boxes[..., [2, 1]], boxes[..., [4, 3]]  # of rows and columns
         first = (low * low.new_tensor(scale)).floor()

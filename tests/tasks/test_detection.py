@@ -389,6 +389,15 @@ def test_an_image_without_boxes_teaches_background_alone():
     assert numbers.grad is None or (numbers.grad == 0).all()
 
 
+def test_no_box_in_a_whole_batch_is_nothing_to_find():
+    padded, none = torch.full((3, 2, 5), -1.0), torch.zeros(3, 0, 5)
+    assert float(TASK.loss(outputs(), (none,))) == float(TASK.loss(outputs(), (padded,)))
+    found = TASK.foreground((none,), (4, 4))
+    assert found is not None and found.shape == (3, 4, 4) and not found.any()
+    nothing = TASK.distillation(outputs(), torch.zeros(3, 0, 6))
+    assert float(nothing) == float(TASK.distillation(outputs(), torch.full((3, 5, 6), -1.0)))
+
+
 def test_a_class_that_the_network_lacks_is_refused():
     wrong = truths()
     wrong[0, 0, 0] = 3
