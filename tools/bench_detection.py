@@ -347,8 +347,8 @@ def tables(result: dict[str, Any]) -> str:
         f"205 training images), {images} images of val and test, scored once; teachers trained "
         f"once for {epochs['teacher']} epochs, students of seeds 0, 1 and 2 ({result['seeds']} "
         f"done) for {epochs['arm']}. Intervals: 95 %, from {result['resamples']} draws of the "
-        "images, the same for both arms of a pair; a gain is one whose interval excludes 0. What is "
-        f"pruned was trained {epochs['retrained']} epochs longer, what is in integers "
+        "images, the same for both arms of a pair; a gain is one whose interval excludes 0. What "
+        f"is pruned was trained {epochs['retrained']} epochs longer, what is in integers "
         f"{epochs['quantized']} more.",
         "", "| what is added | mAP50, points more than without | each seed | mAP, likewise | "
         "each seed |", "|---|---|---|---|---|",
