@@ -25,14 +25,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from matrix import APART, ROOT, TARGETS, cell, shown
+from matrix import APART, ROOT, TARGETS, cell, forms, shown
 from torch import nn
 from torchvision.models import get_model
 from torchvision.ops import box_iou
 from zoo import calibrate_batchnorm, noise
 
 import edgekd
-from edgekd.errors import EdgekdError, ModelError
+from edgekd.errors import ModelError
 from edgekd.files import write_atomically
 from edgekd.latency.measuring import host_name, today
 from edgekd.models.torchvision_detectors import Core, as_network
@@ -141,20 +141,7 @@ def one(name: str, path: Path, again: list[str]) -> None:
                 write_atomically(path, json.dumps(record, indent=1))
                 continue
             cells: dict[str, Any] = {}
-            for precision in target.precisions:
-                given: edgekd.Network | str = net
-                if precision == "int8":
-                    scheme = str(target.scheme)
-                    if scheme not in quantized:
-                        try:
-                            quantized[scheme] = edgekd.quantize(
-                                net, target=target, data=calibration, calibration=CALIBRATION
-                            )
-                        except EdgekdError as error:
-                            quantized[scheme] = str(error)
-                    given = quantized[scheme]
-                elif precision != target.float_precision:
-                    continue
+            for precision, given in forms(net, target, calibration, quantized):
                 if isinstance(given, str):
                     cells[precision] = {"level": "refused", "reasons": [given]}
                     continue

@@ -28,6 +28,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -94,6 +95,36 @@ def level(target: Target, parity: edgekd.Parity) -> str:
     return "executed" if target.native_here else "checked"
 
 
+def forms(
+    net: edgekd.Network,
+    target: Target,
+    calibration: list[Any],
+    quantized: dict[str, edgekd.Network | str],
+) -> Iterator[tuple[str, edgekd.Network | str]]:
+    """(precision, the network in it, or why there is none), of those that the target ships.
+
+    Args:
+        calibration: batches.
+        quantized: scheme -> what it gave before.
+    """
+    if target.float_precision:
+        yield target.float_precision, net
+    if target.scheme is None or "int8" not in target.precisions:
+        return
+    scheme = target.scheme.model_dump_json()
+    if scheme not in quantized:
+        try:
+            quantized[scheme] = edgekd.quantize(
+                net,
+                target=target,
+                data=calibration,
+                calibration=sum(len(x) for (x,) in calibration),
+            )
+        except EdgekdError as error:
+            quantized[scheme] = str(error)
+    yield "int8", quantized[scheme]
+
+
 def cell(
     net: edgekd.Network, target: Target, folder: Path, batches: list[Any]
 ) -> tuple[dict[str, Any], edgekd.Artifact | None]:
@@ -153,21 +184,7 @@ def one(name: str, path: Path, again: list[str]) -> None:
                 continue
             cells = {}
             timed = []
-            for precision in target.precisions:
-                given: edgekd.Network | str = net
-                if precision == "int8":
-                    assert target.scheme is not None
-                    scheme = target.scheme.model_dump_json()
-                    if scheme not in quantized:
-                        try:
-                            quantized[scheme] = edgekd.quantize(
-                                net, target=target, data=calibration, calibration=CALIBRATION
-                            )
-                        except EdgekdError as error:
-                            quantized[scheme] = str(error)
-                    given = quantized[scheme]
-                elif precision != target.float_precision:
-                    continue
+            for precision, given in forms(net, target, calibration, quantized):
                 if isinstance(given, str):
                     cells[precision] = {"level": "refused", "reasons": [given]}
                     continue
