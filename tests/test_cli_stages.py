@@ -80,7 +80,7 @@ def call(folder: Path, line: str, code: int = 0) -> str:
         patch.chdir(folder)
         result = CliRunner().invoke(app, line.split(), catch_exceptions=False)
     assert result.exit_code == code, result.output
-    return result.output
+    return result.stdout
 
 
 def test_each_stage_writes_a_network_that_loads(project):
