@@ -73,6 +73,24 @@ class IO(_Frozen):
             torch.zeros((batch, *i.shape), dtype=getattr(torch, i.dtype)) for i in self.inputs
         )
 
+    def divide(self, batch: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """A batch of data as (inputs, targets): its first tensors are the inputs, in their order.
+
+        Raises:
+            ModelError: there are fewer tensors, or an input has another type.
+        """
+        count = len(self.inputs)
+        given = [str(x.dtype).removeprefix("torch.") for x in batch]
+        wanted = [i.dtype for i in self.inputs]
+        if given[:count] != wanted:
+            names = ", ".join(f"{i.name} {i.dtype}" for i in self.inputs)
+            raise ModelError(
+                f"this network takes {count} input{'s' * (count > 1)} ({names}); the batch is of "
+                f"{len(given)} ({', '.join(given)}): give batches of the inputs in this order, "
+                "and of the targets behind them"
+            )
+        return tuple(batch[:count]), tuple(batch[count:])
+
 
 class Network:
     """A module with what is known of its inputs and outputs.
@@ -155,18 +173,8 @@ class Network:
 
     def __call__(self, *inputs: Tensor) -> Any:
         """The module's outputs as they come: a tensor, or a tuple or dict of tensors."""
-        self.expect_inputs(len(inputs))
-        return self.module(*inputs)
-
-    def expect_inputs(self, count: int) -> None:
-        """Raise ModelError if the network takes another number of inputs."""
-        names = [i.name for i in self.io.inputs]
-        if len(names) != count:
-            raise ModelError(
-                f"this network takes {len(names)} inputs ({', '.join(names)}) and gets {count}; "
-                "batches of data feed one: give the others inside the module, or train and "
-                "quantize it elsewhere; capture and export take several"
-            )
+        given, _ = self.io.divide(inputs)
+        return self.module(*given)
 
     def __repr__(self) -> str:
         kind = "float" if self.scheme is None else self.scheme.activation_dtype

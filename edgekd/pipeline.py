@@ -370,10 +370,10 @@ class _Run:
         floats, artifact, _ = self._exported(target, student)
         out = floats / "nncf" / "model.xml"
         out.parent.mkdir(exist_ok=True)
-        inputs = calibration_inputs(self.data, self.recipe.quantize.calibration)
+        inputs = calibration_inputs(student.net.io, self.data, self.recipe.quantize.calibration)
         try:
             if not out.with_suffix(".bin").exists():  # written last
-                nncf_post_training(artifact.path, [x.numpy() for x in inputs], out)
+                nncf_post_training(artifact.path, [x.numpy() for (x,) in inputs], out)
         except MissingPackageError as error:
             console.print(f"{target.name}: no baseline of NNCF's: {error}", markup=False)
             return

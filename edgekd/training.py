@@ -30,8 +30,8 @@ from edgekd.tasks.base import Score, Task
 CHECKPOINT_SECONDS = 20.0
 WARM_UP = 0.05  # share of the run in which the learning rate rises from 0
 
-# (batch, outputs) -> name of the term -> its share of the loss
-Terms = Callable[[tuple[Tensor, ...], Any], dict[str, Tensor]]
+# (inputs, targets, outputs) -> name of the term -> its share of the loss
+Terms = Callable[[tuple[Tensor, ...], tuple[Tensor, ...], Any], dict[str, Tensor]]
 
 
 def fabric(accelerator: str = "auto") -> Fabric:
@@ -64,8 +64,8 @@ def fit(
     rate is relative to the size of each tensor.
 
     Args:
-        terms: from a batch and the outputs to the weighted terms of the loss. If it is a module,
-            its parameters are trained along.
+        terms: from a batch, divided, and the outputs to the weighted terms of the loss. If it is a
+            module, its parameters are trained along.
         keyed: whether its batches carry keys, see `training_batches`.
         epochs: passes over `data`.
         lr: the highest learning rate, for a batch of `batch_size`.
@@ -142,7 +142,8 @@ def fit(
                     scale.requires_grad_(share < freeze_scales)
                 torch.manual_seed(seed * 1_000_003 + epoch * 100_003 + index)
                 batch = tuple(t[on.global_rank :: on.world_size].to(on.device) for t in batch)
-                values = terms(batch, module(batch[0]))
+                inputs, targets = net.io.divide(batch)
+                values = terms(inputs, targets, module(*inputs))
                 loss = torch.stack(list(values.values())).sum()
                 stepper.zero_grad()
                 on.backward(loss)
@@ -264,8 +265,9 @@ def predict(
     net.train_mode(False)
     with torch.no_grad():
         for batch in evaluation_batches(data):
-            outputs = _to_cpu(net(batch[0].to(on.device)))
-            yield (outputs if task is None else task.answers(outputs)), batch[1:]
+            inputs, targets = net.io.divide(batch)
+            outputs = _to_cpu(net(*(x.to(on.device) for x in inputs)))
+            yield (outputs if task is None else task.answers(outputs)), targets
     net.module.to("cpu")
 
 

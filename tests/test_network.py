@@ -72,16 +72,17 @@ def test_inputs_may_come_by_name_in_any_order():
     assert all(torch.allclose(x, y, atol=1e-6) for x, y in zip(got, wanted, strict=True))
 
 
-def test_what_data_feeds_must_be_the_networks_one_input():
+def test_a_batch_that_lacks_an_input_or_has_another_type_is_refused():
     inputs = [torch.zeros(2, 3, 8, 8), torch.zeros(2, 4, 8, 8)]
+    labels = torch.zeros(2).long()
     net = Network(Two(tuple), inputs)
-    several = r"takes 2 inputs \(input0, input1\) and gets 1"
-    with pytest.raises(ModelError, match=several):
+    several = r"takes 2 inputs \(input0 float32, input1 float32\); the batch is of "
+    with pytest.raises(ModelError, match=several + r"1 \(float32\)"):
         net(inputs[0])
     with pytest.raises(ModelError, match=several):
         quantize(net, target="host-onnxruntime", data=[inputs[0]], accelerator="cpu")
-    with pytest.raises(ModelError, match=several):
-        distill(net, task=Classification(), data=[(inputs[0], torch.zeros(2).long())], epochs=1)
+    with pytest.raises(ModelError, match=several + r"2 \(float32, int64\): give batches of the in"):
+        distill(net, task=Classification(), data=[(inputs[0], labels)], epochs=1)
 
 
 def test_inputs_by_names_that_forward_has_not_are_refused():

@@ -279,7 +279,7 @@ def weights_of_steps(*, epochs: int, steps: int, lr: float, sized: bool = True) 
     net = Network(Line(), torch.zeros(2, 1, dtype=torch.float64))
     seen: list[float] = []
 
-    def terms(batch: tuple[Tensor, ...], outputs: Tensor) -> dict[str, Tensor]:
+    def terms(inputs: object, targets: object, outputs: Tensor) -> dict[str, Tensor]:
         seen.append(net.module.w.item())
         return {"sum": outputs.sum()}
 
@@ -331,7 +331,7 @@ def decayed_after(net: Network) -> dict[str, bool]:
     before = state_of(net)
     fit(
         net,
-        terms=lambda batch, outputs: {"nothing": 0.0 * outputs.sum()},
+        terms=lambda inputs, targets, outputs: {"nothing": 0.0 * outputs.sum()},
         data=[torch.randn(4, 1, 8, 8)] * 3,
         epochs=1, batch_size=4, lr=0.1, weight_decay=0.1, seed=0,
         on=fabric("cpu"), label="decay", run=None,

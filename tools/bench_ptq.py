@@ -3,6 +3,7 @@
     pip install nncf                               # in an environment of the bench's own
     python tools/bench_ptq.py --photos photos.zip --agreement      # about 25 minutes on one core
     python tools/bench_ptq.py --latency                            # then, on a quiet machine
+    python tools/bench_ptq.py --latency --networks resnet18 swin_t
 
 Agreement: EfficientNet-Lite0 with its real weights; photos are split once, by photo: 200 to learn
 from (the first 100 calibrate, for every arm), the others to count top-1 answers that differ from
@@ -10,9 +11,8 @@ FP32's. Our arms are post-training and label-free distillation (`quantize` with 
 float network as the teacher and no task). Peers: ONNX Runtime's static quantization (U8S8, Q/DQ,
 per channel, min-max) and NNCF's, on OpenVINO.
 
-Latency: ResNet-18, MobileNetV2 (random weights, BatchNorm calibrated) and EfficientNet-Lite0, batch
-1, one thread, files of all arms in turns; the figure is our p50 over that of the fastest peer.
-Figures go to docs/bench/ptq.json.
+Latency: the twelve networks of matrix.py, batch 1, one thread, files of all arms in turns; the
+figure is our p50 over that of the fastest peer whose file runs. Figures go to docs/bench/ptq.json.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ import numpy as np
 import onnx
 import torch
 from bench_int8 import SIZE, networks, photos
-from torch import Tensor, nn
-from torchvision.models import mobilenet_v2
+from matrix import NETWORKS, network
+from torch import Tensor
 
 import edgekd
 from edgekd.data.base import Data, InMemory
@@ -157,27 +157,24 @@ def agreement(path: Path, only: Sequence[str], kept: list[dict[str, Any]]) -> di
 # ---- latency -------------------------------------------------------------------------------------
 
 
-def latency(rounds: int) -> dict[str, Any]:
-    """Our integers and the peers', in turns."""
-    torch.manual_seed(0)
-    mobile = mobilenet_v2()
-    with torch.no_grad():
-        for _ in range(5):
-            mobile(torch.randn(16, 3, SIZE, SIZE))
-    modules: dict[str, nn.Module] = networks() | {"MobileNetV2": mobile.eval()}
-    batches = list(torch.randn(40, 3, SIZE, SIZE).split(20))
-    rows = []
-    for name, module in modules.items():
-        net = Network(module, torch.zeros(1, 3, SIZE, SIZE))
+def latency(rounds: int, only: Sequence[str], kept: list[dict[str, Any]]) -> dict[str, Any]:
+    """Our integers and the peers', in turns; of `only`, and else what was kept."""
+    rows = [row for row in kept if row["network"] not in only]
+    for name in only:
+        net, side = network(name), NETWORKS[name][1]
+        batches = list(torch.randn(40, 3, side, side).split(20))
         with TemporaryDirectory() as text:
             folder = Path(text)
             fp32 = edgekd.export(net, target=ORT, out=folder / "fp32").path
             for target, peers in PEERS.items():
                 quantized = edgekd.quantize(net, target=target, data=batches, calibration=40)
                 own = edgekd.export(quantized, target=target, out=folder / target).path
-                files = {"edgekd": own} | {
-                    arm: peer(fp32, batches, folder / file) for arm, (peer, file) in peers.items()
-                }
+                files, refused = {"edgekd": own}, {}
+                for arm, (peer, file) in peers.items():
+                    try:
+                        files[arm] = peer(fp32, batches, folder / file)
+                    except Exception as error:  # what peers raise is theirs
+                        refused[arm] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
                 timed = [
                     profile_together(list(files.values()), target=target, runs=60)
                     for _ in range(rounds)
@@ -185,16 +182,17 @@ def latency(rounds: int) -> dict[str, Any]:
                 each = [row[0].p50_ms / min(m.p50_ms for m in row[1:]) for row in timed]
                 rows.append(
                     {
-                        "network": name, "target": target, "rounds": rounds,
+                        "network": name, "target": target, "rounds": rounds, "px": side,
                         "p50_ms": {
                             arm: median(row[index].p50_ms for row in timed)
                             for index, arm in enumerate(files)
                         },
                         "ratio": median(each), "ratio_range": [min(each), max(each)],
+                        "refused": refused, "host": host_name(), "date": today(),
                     }
                 )  # fmt: skip
                 print(rows[-1], flush=True)
-    return {"rows": rows, "size": SIZE, "threads": 1, "host": host_name(), "date": today()}
+    return {"rows": rows, "threads": 1}
 
 
 def main() -> None:
@@ -204,6 +202,7 @@ def main() -> None:
     parser.add_argument("--agreement", action="store_true")
     parser.add_argument("--arms", nargs="*", default=[], help="only these of the agreement")
     parser.add_argument("--latency", action="store_true")
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), help="of the latency")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -212,7 +211,8 @@ def main() -> None:
         kept = result.get("agreement", {}).get("rows", [])
         result["agreement"] = agreement(options.photos, options.arms, kept)
     if options.latency:
-        result["latency"] = latency(options.rounds)
+        kept = result.get("latency", {}).get("rows", [])
+        result["latency"] = latency(options.rounds, options.networks, kept)
     write_atomically(RESULT, json.dumps(result, indent=1))
 
 

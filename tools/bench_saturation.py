@@ -104,7 +104,7 @@ def main() -> None:
                     session = Elsewhere(target.runtime, path, emulator)
                     answers = session([held_out.numpy()])[0].argmax(1)
                     found = local_parity(
-                        quantized, held_out[:4], written=None, shipped=session
+                        quantized, [held_out[:4]], written=None, shipped=session
                     ).passes["as shipped"]
                     rows.append(
                         {

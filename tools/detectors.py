@@ -29,7 +29,7 @@ from matrix import APART, ROOT, TARGETS, cell, forms, shown
 from torch import nn
 from torchvision.models import get_model
 from torchvision.ops import box_iou
-from zoo import calibrate_batchnorm, noise
+from zoo import calibrate_norms, noise
 
 import edgekd
 from edgekd.errors import ModelError
@@ -57,7 +57,7 @@ def network(name: str) -> edgekd.Network:
     """Pruned, with random weights under which scores differ from anchor to anchor."""
     torch.manual_seed(0)
     module, side = get_model(name, weights=None, weights_backbone=None), SIDES[name]
-    calibrate_batchnorm(Core(module), side)
+    calibrate_norms(Core(module), side)
     net = edgekd.prune(as_network(module, (side, side)), ratio=RATIO, round_to=8)
     net.train_mode(False)
     core: Any = net.module

@@ -35,7 +35,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from zoo import build, calibrate_batchnorm, noise
+from zoo import build, calibrate_norms, noise
 
 import edgekd
 from edgekd.errors import EdgekdError
@@ -84,7 +84,7 @@ def network(name: str) -> edgekd.Network:
     else:
         module = build(library, name)
     if library != "real":
-        calibrate_batchnorm(module, size)
+        calibrate_norms(module, size)
     return edgekd.Network(module, torch.zeros(1, 3, size, size))
 
 

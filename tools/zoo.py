@@ -6,8 +6,8 @@
     python tools/zoo.py --tables                       # docs/zoo.md from what there is
 
 Weights are random, images are noise of 224 px or the next size the network takes. BatchNorm is
-calibrated; its scales and shifts are random too: with PyTorch's 1 and 0 a random network is chaotic
-(arXiv:1902.08129), and one rounding flip in its first layer fills the output.
+calibrated; scales and shifts of all normalisations are random too: with PyTorch's 1 and 0 a random
+network is chaotic (arXiv:1902.08129), and one rounding flip in its first layer fills the output.
 Each network is quantized post-training, trained two steps in integers from its own float outputs,
 exported and verified, in a process of its own with a time-out and a bound on memory. Results are
 kept in docs/bench/zoo/, one file a network and scheme. No accuracy here: on random weights it
@@ -141,11 +141,15 @@ def smallest(module: nn.Module) -> int:
     raise ValueError(f"no size of {SIZES} will do; {reasons[-1] if reasons else 'uneven pooling'}")
 
 
-def calibrate_batchnorm(module: nn.Module, size: int) -> None:
+def calibrate_norms(module: nn.Module, size: int) -> None:
     """Random scales and shifts; running statistics as the mean over a few batches."""
     torch.manual_seed(1)
     module.eval()
     for layer in module.modules():
+        if isinstance(layer, (nn.LayerNorm, nn.GroupNorm)) and layer.weight is not None:
+            nn.init.uniform_(layer.weight, 0.5, 1.0)
+            if layer.bias is not None:
+                nn.init.normal_(layer.bias, 0.5, 0.2)
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):
             if layer.affine:
                 nn.init.uniform_(layer.weight, 0.2, 0.4)
@@ -179,7 +183,7 @@ def one(library: str, name: str, scheme: str, record: dict[str, Any]) -> None:
     module = build(library, name)
     record["size"] = size = smallest(module)
     module = build(library, name)  # without hooks
-    calibrate_batchnorm(module, size)
+    calibrate_norms(module, size)
     net = edgekd.Network(module, torch.zeros(1, 3, size, size))
     record["stage"] = "capture"
     if record["params"] > LARGEST:

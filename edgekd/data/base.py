@@ -278,7 +278,7 @@ class Data:
         return replace(self, splits=splits)
 
 
-# Data, or any iterable of batches: x, or (x, y, ...), with x ready for the network
+# Data, or any iterable of batches: x, or the network's inputs and then targets, (x, y, ...)
 BatchSource = Data | Iterable[Tensor | Sequence[Tensor]]
 
 

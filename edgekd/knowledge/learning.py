@@ -60,7 +60,6 @@ def learn(
         RecipeError: hints without a teacher.
         ModelError: hints that name no module, or maps that do not go together.
     """
-    student.expect_inputs(1)
     ios = [] if teacher is None else [io_of(member) for member in members(teacher)]
     task = None if task is None else task.of(student.io, ios)
     made: dict[tuple[str, str], Hint] = {}

@@ -28,7 +28,7 @@ class LearningTerms(nn.Module):
         hints: (student's path, teacher's path) -> the hint between the two.
         hint_weight: w.
         features: where the student's features of the current batch are found.
-        keyed: whether the last tensor of a batch is the keys of its samples.
+        keyed: whether the last of the targets is the keys of the samples.
 
     Raises:
         RecipeError: a weight out of range, or nothing to learn from.
@@ -61,10 +61,12 @@ class LearningTerms(nn.Module):
         # not a copy: it is empty until the first batch
         self.features = {} if features is None else features
 
-    def forward(self, batch: tuple[Tensor, ...], outputs: Any) -> dict[str, Tensor]:
+    def forward(
+        self, inputs: tuple[Tensor, ...], targets: tuple[Tensor, ...], outputs: Any
+    ) -> dict[str, Tensor]:
         """Weighted terms by name; `outputs` are the student's of this batch."""
-        keys = batch[-1] if self.keyed else None
-        labels = batch[1:-1] if self.keyed else batch[1:]
+        keys = targets[-1] if self.keyed else None
+        labels = targets[:-1] if self.keyed else targets
         values: dict[str, Tensor] = {}
         share = 1.0 if self.teacher is None else 1 - self.alpha
         if self.task is not None and share > 0:
@@ -75,7 +77,7 @@ class LearningTerms(nn.Module):
                 )
             values["supervised"] = share * self.task.loss(outputs, labels)
         if self.teacher is not None:
-            wanted, theirs = self.teacher(batch[:1], keys)
+            wanted, theirs = self.teacher(inputs, keys)
             if self.task is None:
                 each = [match_outputs(outputs, one) for one in wanted]
                 values["teacher"] = torch.stack(each).mean()

@@ -35,6 +35,13 @@ class Member:
     channels: Tensor
 
 
+@dataclass(frozen=True)
+class _Sizes:
+    """Of what a reshape reads."""
+
+    _saved_self_sizes: tuple[int, ...]
+
+
 @dataclass
 class Group:
     """Channels that the network's operations tie across layers.
@@ -157,7 +164,18 @@ def _trace(module: nn.Module, inputs: Sequence[Tensor]) -> tuple[Any, set[Any]]:
 
         torch-pruning would thin out every group alike. That leaves odd group widths, and a
         multiple of 8 only where the number of groups is one (RegNet's 13 groups never are).
+
+        A reshaped map of one pixel has its channels as they were, in front of a Concat too.
+        torch-pruning would see that by the sizes, which it looks for where torch 1 had them, and
+        takes all that the Concat gives for the elements of the map.
         """
+
+        def _build_dependency(self, module2node: Any) -> None:
+            for node in module2node.values():
+                sizes = tuple(getattr(node.grad_fn, "_saved_self_sym_sizes", ()))
+                if node.type == self.ops.OPTYPE.RESHAPE and len(sizes) == 4 and sizes[2:] == (1, 1):
+                    node.grad_fn = _Sizes(sizes)
+            super()._build_dependency(module2node)
 
         def get_pruner_of_module(self, module: Any) -> Any:
             if isinstance(module, _ConvNd) and module.groups > 1:

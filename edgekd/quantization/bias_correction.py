@@ -9,12 +9,12 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from edgekd.quantization.calibration import settle
-from edgekd.quantization.layers import layers, walk
+from edgekd.quantization.layers import Inputs, layers, walk
 from edgekd.reporting.progress import Progress
 
 
 def correct_biases(
-    graph: GraphModule, floats: Mapping[str, Tensor], batches: Sequence[Tensor]
+    graph: GraphModule, floats: Mapping[str, Tensor], batches: Sequence[Inputs]
 ) -> None:
     """Take E[ŷ − y] of each output channel from the bias of every layer of a calibrated graph.
 
@@ -25,7 +25,7 @@ def correct_biases(
 
     Args:
         floats: the float network's weights, see `walk`.
-        batches: inputs of (N, ...), of which `walk` keeps what fits into memory.
+        batches: of the graph's inputs, of which `walk` keeps what fits into memory.
     """
     with Progress("correcting biases", sum(1 for _ in layers(graph))) as progress:
         for layer, inputs, targets in walk(graph, floats, batches):

@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 
 from edgekd.errors import DataError, RecipeError, nearest
 from edgekd.quantization.fake_quant import FakeQuant, Observer
-from edgekd.quantization.layers import layers, quantizer_at
+from edgekd.quantization.layers import Inputs, layers, quantizer_at
 from edgekd.quantization.placement import quantized_activations, quantizers
 from edgekd.reporting.progress import Progress
 
@@ -25,11 +25,11 @@ MODES: dict[Observer, tuple[Mode, ...]] = {
 }
 
 
-def calibrate(graph: GraphModule, batches: Sequence[Tensor], observer: Observer) -> None:
+def calibrate(graph: GraphModule, batches: Sequence[Inputs], observer: Observer) -> None:
     """Set every quantizer of `graph` from `batches`.
 
     Args:
-        batches: inputs of (N, ...), passed through once, or twice for "mse".
+        batches: of the graph's inputs, (N, ...) each, passed through once, or twice for "mse".
         observer: "minmax" takes the whole range; "moving-average" of each batch's range a tenth
             (Jacob et al. 2018 §3.1, arXiv:1712.05877); "percentile" leaves out the outer 0.01 % on
             either side; "mse" takes the share of the range that gives the least squared error of
@@ -49,8 +49,8 @@ def calibrate(graph: GraphModule, batches: Sequence[Tensor], observer: Observer)
             for name, quantizer in quantizers(graph).items():
                 varies = name in activations or mode == "error"
                 quantizer.mode = mode if varies else "range"
-            for x in batches:
-                graph(x)
+            for inputs in batches:
+                graph(*inputs)
                 for quantizer in quantizers(graph).values():
                     quantizer.end_batch()
                 progress.advance()

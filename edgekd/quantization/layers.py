@@ -17,6 +17,7 @@ from torch.fx.node import map_arg
 from edgekd.quantization.capture import WEIGHTED, arguments, tensor_of
 from edgekd.quantization.fake_quant import FakeQuant
 
+Inputs = tuple[Tensor, ...]  # one batch of a network's inputs, (N, ...) each
 WALK_BYTES = 2 << 30  # memory for the activations that a walk keeps
 
 
@@ -107,7 +108,7 @@ def stored_tensors(graph: GraphModule) -> dict[str, Tensor]:
 
 
 def walk(
-    graph: GraphModule, floats: Mapping[str, Tensor], batches: Sequence[Tensor]
+    graph: GraphModule, floats: Mapping[str, Tensor], batches: Sequence[Inputs]
 ) -> Iterator[tuple[Layer, list[Tensor], list[Tensor]]]:
     """Each layer of a calibrated graph with what it reads in integers and should give.
 
@@ -117,7 +118,7 @@ def walk(
 
     Args:
         floats: the weights of the float network, from `stored_tensors`.
-        batches: inputs of (N, ...).
+        batches: of the graph's inputs, (N, ...) each.
 
     Yields:
         the layer, its inputs x̂ from the quantized layers before it, and its outputs y of the
@@ -145,12 +146,13 @@ def _evaluate(
     graph: GraphModule,
     node: Node,
     values: Mapping[Node, list[Any]],
-    batches: Sequence[Tensor],
+    batches: Sequence[Inputs],
     floats: Mapping[str, Tensor] | None = None,
 ) -> list[Any]:
     """`node`'s value for each batch; with `floats` in their place and no quantizer, in float."""
     if node.op == "placeholder":
-        return list(batches)
+        place = graph.graph.find_nodes(op="placeholder").index(node)
+        return [inputs[place] for inputs in batches]
     if node.op == "get_attr":
         own = attrgetter(str(node.target))(graph)
         return [own if floats is None else floats.get(str(node.target), own)] * len(batches)
@@ -180,7 +182,7 @@ def _last_uses(graph: GraphModule) -> Mapping[Node, list[Node]]:
     return done
 
 
-def _affordable(graph: GraphModule, batches: Sequence[Tensor]) -> list[Tensor]:
+def _affordable(graph: GraphModule, batches: Sequence[Inputs]) -> list[Inputs]:
     """The first samples, as many as `WALK_BYTES` hold, one at least."""
     last_uses = _last_uses(graph)
     alive = peak = 1
@@ -190,9 +192,9 @@ def _affordable(graph: GraphModule, batches: Sequence[Tensor]) -> list[Tensor]:
         alive -= 2 * sum(map(_sample_bytes, last_uses[node]))
     left = max(1, WALK_BYTES // peak)
     kept = []
-    for x in batches:
-        kept.append(x[:left])
-        left -= len(kept[-1])
+    for inputs in batches:
+        kept.append(tuple(x[:left] for x in inputs))
+        left -= len(kept[-1][0])
         if not left:
             break
     return kept

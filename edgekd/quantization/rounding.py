@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from edgekd.quantization.fake_quant import along
-from edgekd.quantization.layers import Layer, layers, walk
+from edgekd.quantization.layers import Inputs, Layer, layers, walk
 from edgekd.quantization.placement import fused_activation, layer_name, upper_bound
 from edgekd.reporting.progress import Progress
 
@@ -27,7 +27,7 @@ BATCH, BATCH_OUTPUTS = 32, 1 << 18  # samples of an iteration: fewer where the o
 def round_weights(
     graph: GraphModule,
     floats: Mapping[str, Tensor],
-    batches: Sequence[Tensor],
+    batches: Sequence[Inputs],
     *,
     iterations: int,
     seed: int,
@@ -41,7 +41,7 @@ def round_weights(
 
     Args:
         floats: the float network's weights, see `walk`.
-        batches: inputs of (N, ...), of which `walk` keeps what fits into memory; a layer's own
+        batches: of the graph's inputs, of which `walk` keeps what fits into memory; a layer's own
             inputs and outputs are there twice.
         iterations: of Adam for each layer.
     """

@@ -30,7 +30,7 @@ from edgekd.quantization.bias_correction import correct_biases
 from edgekd.quantization.calibration import calibrate, settle
 from edgekd.quantization.capture import capture
 from edgekd.quantization.fake_quant import Observer
-from edgekd.quantization.layers import stored_tensors
+from edgekd.quantization.layers import Inputs, stored_tensors
 from edgekd.quantization.placement import MATRIX, layer_name, place
 from edgekd.reporting.progress import Progress
 from edgekd.tasks.base import Task, top1_agreement
@@ -122,7 +122,7 @@ def mixed_precision(
     max_drop: float,
     data: BatchSource,
     task: Task | None,
-    inputs: Sequence[Tensor],
+    inputs: Sequence[Inputs],
     observer: Observer,
     on: Fabric,
     correct_bias: bool = False,
@@ -267,7 +267,7 @@ class _Trials:
     """`calibrated` with other layers in float."""
 
     def __init__(
-        self, net: Network, calibrated: Network, inputs: Sequence[Tensor], observer: Observer
+        self, net: Network, calibrated: Network, inputs: Sequence[Inputs], observer: Observer
     ) -> None:
         self.calibrated, self.inputs, self.observer = calibrated, inputs, observer
         self.captured = capture(net.module, net.io.example(2))
@@ -291,11 +291,11 @@ class _Trials:
             for name in own.keys() & self._known.keys():
                 own[name].copy_(self._known[name])
             if new := own.keys() - self._known.keys():
-                calibrate(graph.to(self.inputs[0].device), self.inputs, self.observer)
+                calibrate(graph.to(self.inputs[0][0].device), self.inputs, self.observer)
                 graph.to("cpu")
                 self._known |= {name: trial.state()[name].detach().clone() for name in new}
         if correct_bias:
-            graph.to(self.inputs[0].device)
+            graph.to(self.inputs[0][0].device)
             correct_biases(graph, stored_tensors(graph), self.inputs)
             graph.to("cpu")
         settle(graph, integer_bias=scheme.bias == "int32")

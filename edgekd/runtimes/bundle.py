@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -44,13 +44,13 @@ def write_bundle(
     precision: Precision,
     *,
     versions: dict[str, str],
-    examples: Tensor | None = None,
+    examples: Tensor | Sequence[Tensor] | None = None,
 ) -> None:
     """Write what belongs to the model file `path` beside it.
 
     Args:
-        examples: (N, ...) inputs for the device's own check, the first three of them; without
-            any, images of seeded noise.
+        examples: a batch of inputs, (N, ...) each, for the device's own check, the first three
+            samples; without any, images of seeded noise.
     """
     inputs = example_inputs(net, examples)
     outputs = _outputs(net, inputs)
@@ -116,15 +116,19 @@ def _integers(path: Path, net: Network, target: Target) -> dict[str, Any]:
     return {name: end.model_dump() for name, end in found.items() if end is not None}
 
 
-def example_inputs(net: Network, examples: Tensor | None = None) -> tuple[Tensor, ...]:
-    """CHECKED inputs: those given, else bytes of noise as images are normalised."""
+def example_inputs(
+    net: Network, examples: Tensor | Sequence[Tensor] | None = None
+) -> tuple[Tensor, ...]:
+    """CHECKED samples: those given, else bytes of noise as images are normalised."""
     if examples is not None:
-        return (examples[:CHECKED],)
+        given = [examples] if isinstance(examples, Tensor) else examples
+        return tuple(x[:CHECKED] for x in given)
     generator = torch.Generator().manual_seed(0)
     made = []
     for each in net.io.inputs:
         noise = torch.randint(0, 256, (CHECKED, *each.shape), generator=generator).float() / 255
-        if (known := net.io.preprocessing) is not None:
+        known = net.io.preprocessing
+        if known is not None and len(each.shape) == 3 and each.shape[0] == len(known.mean):
             mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (known.mean, known.std))
             noise = (noise - mean) / std
         made.append(noise.to(getattr(torch, each.dtype)))

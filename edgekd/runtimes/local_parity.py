@@ -13,7 +13,7 @@ the outputs are the same bits, and if not, the pass says so.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -95,30 +95,31 @@ class LocalParity(BaseModel):
 
 
 def local_parity(
-    net: Network, x: Tensor, *, written: Session | None, shipped: Session | None
+    net: Network, inputs: Sequence[Tensor], *, written: Session | None, shipped: Session | None
 ) -> LocalParity:
     """Run an artifact and compare each quantized operator with the trained graph's.
 
     Args:
         net: the quantized Network that it was exported from.
-        x: (N, ...) inputs.
+        inputs: (N, ...) each.
         written: the artifact without optimizations, or None where the runtime has no such mode.
         shipped: as the device runs it, or None where this host has not its kernels.
     """
     assert isinstance(net.module, GraphModule) and net.scheme is not None
     outputs = list(net.io.outputs)
+    arrays = [x.numpy() for x in inputs]
     names = {a: quantized_name(a) for a in quantized_activations(net.module)}
     names |= _quantized_outputs(net)
 
     def run(session: Session | None, *, fused: bool) -> LocalPass | None:
         if session is None:
             return None
-        shown = session.tensors([x.numpy()], [*names.values(), *outputs])
+        shown = session.tensors(arrays, [*names.values(), *outputs])
         if not shown:
             return None
         theirs = {tensor: shown[name] for tensor, name in names.items() if name in shown}
-        ran = _compare(net, x, theirs, [shown[name] for name in outputs], fused=fused)
-        plain = session([x.numpy()])
+        ran = _compare(net, inputs, theirs, [shown[name] for name in outputs], fused=fused)
+        plain = session(arrays)
         if all(np.array_equal(a, shown[b]) for a, b in zip(plain, outputs, strict=True)):
             return ran
         cause = "with its tensors shown the artifact's outputs are others: kernels ran unfused"
@@ -127,7 +128,9 @@ def local_parity(
     as_written, as_shipped = run(written, fused=False), run(shipped, fused=True)
     none = as_written is None and as_shipped is None
     skipped = "the runtime shows no inner tensors; outputs alone are compared" if none else ""
-    return LocalParity(n=len(x), as_written=as_written, as_shipped=as_shipped, skipped=skipped)
+    return LocalParity(
+        n=len(inputs[0]), as_written=as_written, as_shipped=as_shipped, skipped=skipped
+    )
 
 
 def _quantized_outputs(net: Network) -> dict[str, str]:
@@ -159,17 +162,17 @@ def _causes(max_steps: float, scheme: QuantScheme, *, fused: bool) -> Iterator[s
 
 def _compare(
     net: Network,
-    x: Tensor,
+    inputs: Sequence[Tensor],
     theirs: Mapping[str, NDArray[np.float32]],
     outputs: list[NDArray[np.float32]],
     *,
     fused: bool,
 ) -> LocalPass:
-    """The reference on `x` beside the runtime's activations, by name, and its outputs."""
+    """The reference on `inputs` beside the runtime's activations, by name, and its outputs."""
     assert isinstance(net.module, GraphModule) and net.scheme is not None
     reference = _Reference(net.module, theirs)
     with torch.no_grad():
-        reference.run(x.double())
+        reference.run(*(x.double() if x.is_floating_point() else x for x in inputs))
     for end, output in zip(reference.ends, outputs, strict=True):
         reference.compare_output(end, output)
     found = [difference for _, difference in reference.found]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -14,7 +15,11 @@ from edgekd.target import Target
 
 
 def export(
-    net: Network, *, target: str | Target, out: str | Path, examples: Tensor | None = None
+    net: Network,
+    *,
+    target: str | Target,
+    out: str | Path,
+    examples: Tensor | Sequence[Tensor] | None = None,
 ) -> Artifact:
     """Write `net` as `target` runs it, into the folder `out`, with its bundle beside it.
 
@@ -25,8 +30,8 @@ def export(
         net: float, or quantized for a scheme that fits the target's (equal, or int8 activations
             that become uint8 without loss).
         out: the artifact's own folder; made if absent.
-        examples: (N, ...) inputs, of which the bundle's self-check takes three; seeded noise
-            where there are none.
+        examples: a batch of inputs, (N, ...) each, of which the bundle's self-check takes three
+            samples; seeded noise where there are none.
 
     Raises:
         TargetError: the target has no integers, or wants others than `net` was trained for.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from torch import Tensor
 from torch.fx import GraphModule
 
 from edgekd.data.base import BatchSource, Data, evaluation_batches
@@ -16,13 +15,13 @@ from edgekd.knowledge.learning import learn
 from edgekd.knowledge.taps import Hints
 from edgekd.knowledge.teachers import TeacherLike
 from edgekd.latency.model import LatencyModel
-from edgekd.network import Network
+from edgekd.network import IO, Network
 from edgekd.quantization.bias_correction import correct_biases
 from edgekd.quantization.calibration import calibrate, settle
 from edgekd.quantization.capture import capture
 from edgekd.quantization.equalization import equalize
 from edgekd.quantization.fake_quant import Observer
-from edgekd.quantization.layers import stored_tensors
+from edgekd.quantization.layers import Inputs, stored_tensors
 from edgekd.quantization.placement import describe, left_in_float, place, quantizers
 from edgekd.quantization.rounding import round_weights
 from edgekd.quantization.sensitivity import mixed_precision
@@ -101,11 +100,13 @@ def quantize(
         )
     if net.scheme is not None:
         raise ModelError("this network is quantized already; quantize takes the float one")
-    net.expect_inputs(1)
     if adaround < 0:
         raise RecipeError(f"quantize: adaround is {adaround}; give iterations, or 0 for none")
     on = fabric(accelerator)
-    inputs = [x.to(on.device) for x in calibration_inputs(data, calibration)]
+    inputs = [
+        tuple(x.to(on.device) for x in batch)
+        for batch in calibration_inputs(net.io, data, calibration)
+    ]
     student = _calibrated(net, target, float_layers, inputs, observer, equalized)
     if max_drop is not None:
         table = mixed_precision(
@@ -149,7 +150,7 @@ def _calibrated(
     net: Network,
     target: Target,
     float_layers: Collection[str],
-    inputs: Sequence[Tensor],
+    inputs: Sequence[Inputs],
     observer: Observer,
     equalized: bool = False,
 ) -> Network:
@@ -165,7 +166,7 @@ def _calibrated(
             f"({', '.join(target.scheme.ops)})"
         )
     if inputs:
-        graph.to(inputs[0].device)
+        graph.to(inputs[0][0].device)
     calibrate(graph, inputs, observer)
     return net.quantized(graph.to("cpu"), target.scheme, float_layers)
 
@@ -178,13 +179,15 @@ def _float_costs_ms(net: Network, target: Target) -> dict[str, float]:
         return {}
 
 
-def calibration_inputs(data: BatchSource, count: int) -> list[Tensor]:
-    """About `count` inputs, (N, ...) in batches, without augmentation."""
+def calibration_inputs(io: IO, data: BatchSource, count: int) -> list[Inputs]:
+    """The inputs of about `count` samples, in batches, without augmentation."""
     if isinstance(data, Data):
         data = data.subset(train=min(count, len(data.splits["train"])))
-    inputs: list[Tensor] = []
+    found: list[Inputs] = []
     for batch in evaluation_batches(data, split="train", batch_size=64):
-        inputs.append(batch[0][: count - sum(map(len, inputs))])
-        if sum(map(len, inputs)) >= count:
+        inputs, _ = io.divide(batch)
+        found.append(tuple(x[:count] for x in inputs))
+        count -= len(inputs[0])
+        if count <= 0:
             break
-    return inputs
+    return found

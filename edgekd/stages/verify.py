@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 
 from edgekd.data.base import BatchSource, evaluation_batches
 from edgekd.errors import DataError, MissingPackageError
-from edgekd.network import Network
+from edgekd.network import IO, Network
 from edgekd.quantization.fake_quant import FakeQuant
 from edgekd.quantization.placement import intended_matrix_ops
 from edgekd.reporting.progress import Progress
@@ -174,13 +174,16 @@ def verify(
         if runtime.plain and not emulated:
             written = runtime.load(artifact.path, threads=torch.get_num_threads(), emulated=True)
         figures["local"] = local = local_parity(
-            net, first[:LOCAL_SAMPLES], written=written, shipped=None if plain else session
+            net,
+            [x[:LOCAL_SAMPLES] for x in first],
+            written=written,
+            shipped=None if plain else session,
         )
         failed += _local_failures(local, local_exact * runtime.exact)
     else:
         figures["relative_error"] = _relative_error(theirs, ours)
     if artifact.precision == "fp16" and artifact.path.suffix == ".onnx":
-        rounded = _in_half(artifact, data)
+        rounded = _in_half(artifact, net.io, data)
         figures["half_relative_error"] = _relative_error(rounded, ours)
         figures["half_agreement"] = half = _agreement(task, rounded, ours)
         if not all(np.isfinite(t).all() for t in rounded):
@@ -240,21 +243,22 @@ def _compile_failures(compiled: CompileCheck, precision: Precision) -> list[str]
 
 def _run_both(
     session: Session, net: Network, data: BatchSource
-) -> tuple[Arrays, Arrays, tuple[Tensor, ...], Tensor]:
-    """(artifact's outputs, network's outputs, targets, first batch), whole split each."""
+) -> tuple[Arrays, Arrays, tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """(artifact's outputs, network's outputs, targets), whole split each, and the first inputs."""
     theirs: list[Arrays] = []
     ours: list[Arrays] = []
     targets: list[tuple[Tensor, ...]] = []
-    first: Tensor | None = None
+    first: tuple[Tensor, ...] = ()
     net.train_mode(False)
     with torch.no_grad(), Progress("verifying", None) as progress:
         for batch in evaluation_batches(data):
-            first = batch[0] if first is None else first
-            ours.append(_as_arrays(net(batch[0])))
-            theirs.append(session([batch[0].numpy()]))
-            targets.append(batch[1:])
+            inputs, wanted = net.io.divide(batch)
+            first = first or inputs
+            ours.append(_as_arrays(net(*inputs)))
+            theirs.append(session([x.numpy() for x in inputs]))
+            targets.append(wanted)
             progress.advance()
-    if first is None:
+    if not first:
         raise DataError("no samples to verify with: the data gave no batch")
 
     def joined(parts: list[Arrays]) -> Arrays:
@@ -264,12 +268,13 @@ def _run_both(
     return joined(theirs), joined(ours), whole_targets, first
 
 
-def _in_half(artifact: Artifact, data: BatchSource) -> Arrays:
+def _in_half(artifact: Artifact, io: IO, data: BatchSource) -> Arrays:
     """The file's outputs on the whole split with every operator in FP16, as --fp16 may build it."""
     copy, _ = to_half(artifact.path)
     model = ir.to_proto(written_out(copy)).SerializeToString()
     session = OrtSession(model, torch.get_num_threads(), True, f"{artifact.path} in FP16")
-    parts = [session([batch[0].numpy()]) for batch in evaluation_batches(data)]
+    batches = (io.divide(batch) for batch in evaluation_batches(data))
+    parts = [session([x.numpy() for x in inputs]) for inputs, _ in batches]
     return [np.concatenate(part) for part in zip(*parts, strict=True)]
 
 

@@ -59,7 +59,7 @@ def test_a_quantized_graph_is_as_before_and_its_features_carry_gradients():
     scheme = Target.load("host-onnxruntime").scheme
     assert scheme is not None
     graph = place(capture(net(), [torch.zeros(2, 1, 16, 16)]), scheme)
-    calibrate(graph, [X], "minmax")
+    calibrate(graph, [(X,)], "minmax")
     before, code, names = digest(graph), graph.code, list(graph.state_dict())
     with tapped(graph, ["stages.0"]) as features:
         graph(X)

@@ -35,8 +35,8 @@ def teacher(inputs: tuple[torch.Tensor, ...], keys: torch.Tensor | None):
 
 
 def terms(task, ask, alpha: float) -> dict[str, float]:
-    batch = (torch.zeros(6, 1), torch.from_numpy(LABELS))
-    found = LearningTerms(task, ask, alpha)(batch, torch.from_numpy(STUDENT))
+    inputs, targets = (torch.zeros(6, 1),), (torch.from_numpy(LABELS),)
+    found = LearningTerms(task, ask, alpha)(inputs, targets, torch.from_numpy(STUDENT))
     return {name: float(value) for name, value in found.items()}
 
 

@@ -27,7 +27,7 @@ def coarse(module: nn.Module, scheme: QuantScheme, x: Tensor) -> GraphModule:
     for quantizer in quantizers(graph).values():
         if quantizer.scale.dim():
             quantizer.low, quantizer.high = -3, 3
-    calibrate(graph, [x], "minmax")
+    calibrate(graph, [(x,)], "minmax")
     return graph
 
 
@@ -54,7 +54,7 @@ def test_outputs_have_no_mean_error_left(scheme: QuantScheme, x: Tensor):
     graph = coarse(module, scheme, x)
     before = mean_error(graph, module, x)
     floats = stored_tensors(graph)
-    correct_biases(graph, floats, list(x.split(40)))
+    correct_biases(graph, floats, list(zip(x.split(40), strict=True)))
     assert before > 0.01
     assert mean_error(graph, module, x) < before / 1000
     fresh = torch.rand(96, 3, 10, 10, generator=torch.Generator().manual_seed(2)) + 0.5
@@ -78,7 +78,7 @@ def test_a_linear_layer_over_tokens_is_corrected_by_feature(scheme: QuantScheme)
     module = Tokens()
     graph = coarse(module, scheme, x)
     before = (graph(x) - module(x)).mean((0, 1)).abs().max()
-    correct_biases(graph, stored_tensors(graph), [x])
+    correct_biases(graph, stored_tensors(graph), [(x,)])
     assert (graph(x) - module(x)).mean((0, 1)).abs().max() < before / 1000
 
 
@@ -89,7 +89,7 @@ def test_corrected_biases_fit_into_int32(scheme: QuantScheme, x: Tensor):
     graph = coarse(module, scheme, x)
     floats = stored_tensors(graph)
     floats["0.bias"][1] += 10  # the correction is large
-    correct_biases(graph, floats, [x])
+    correct_biases(graph, floats, [(x,)])
     bias = graph.get_parameter("0.bias").detach().double()
     assert bias[1] > 9
     placed = quantizers(graph)

@@ -62,7 +62,7 @@ def test_a_dead_channel_is_exported_with_an_int32_bias(
 def dead_graph(scheme: QuantScheme) -> GraphModule:
     graph = place(capture(with_a_dead_channel(), (torch.zeros(2, 3, 8, 8),)), scheme)
     x = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    calibrate(graph, [x], "minmax")
+    calibrate(graph, [(x,)], "minmax")
     return graph
 
 
@@ -135,7 +135,7 @@ def observed(observer: Observer, batches: list[Tensor], scheme: QuantScheme) -> 
     torch.manual_seed(0)
     layer = nn.Conv2d(3, 4, 1)
     graph = place(capture(layer, (torch.zeros(2, 3, 8, 8),)), scheme)
-    calibrate(graph, batches, observer)
+    calibrate(graph, list(zip(batches, strict=True)), observer)
     found = quantizers(graph)
     weight = found["weight"].scale[0].item() / layer.weight[0].abs().max().item()
     return found[quantized_activations(graph)[0]].scale.item(), weight
@@ -182,7 +182,7 @@ def pooled() -> nn.Module:
 
 def calibrated(scheme: QuantScheme, batches: list[Tensor], observer: Observer) -> GraphModule:
     graph = place(capture(pooled(), (batches[0],)), scheme)
-    calibrate(graph, batches, observer)
+    calibrate(graph, list(zip(batches, strict=True)), observer)
     return graph
 
 
@@ -224,7 +224,7 @@ def test_groups_of_a_transposed_convolution_share_scales_and_have_biases_of_thei
         module[1].weight[:, 1] *= 1e-9  # channels 1 and 4
         module[1].bias.copy_(torch.tensor([0.1, 2.0, -0.1, 0.2, -5.0, 0.3]))
     graph = place(capture(module, (x[:2],)), scheme)
-    calibrate(graph, [x], "minmax")
+    calibrate(graph, [(x,)], "minmax")
     settle(graph, integer_bias=True)
     placed = quantizers(graph)
     step = np.float64(placed["conv2d"].scale.item()) * placed["_1_weight"].scale.detach().numpy()

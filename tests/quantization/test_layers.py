@@ -33,7 +33,7 @@ def branches() -> nn.Module:
 
 def placed(module: nn.Module, scheme: QuantScheme, x: Tensor) -> GraphModule:
     graph = place(capture(module, (x[:2],)), scheme)
-    calibrate(graph, [x], "minmax")
+    calibrate(graph, [(x,)], "minmax")
     return graph
 
 
@@ -52,7 +52,7 @@ def test_float_outputs_are_the_eager_layers(scheme: QuantScheme, x: Tensor):
         module(x)
     floats = stored_tensors(graph)
     found = []
-    for layer, _, outputs in walk(graph, floats, list(x.split(8))):
+    for layer, _, outputs in walk(graph, floats, list(zip(x.split(8), strict=True))):
         found.append(torch.cat(outputs))
         layer.weight.data.zero_()  # a changed layer changes nothing in the float network
     assert len(found) == 3
@@ -63,7 +63,7 @@ def test_float_outputs_are_the_eager_layers(scheme: QuantScheme, x: Tensor):
 def test_inputs_are_those_of_the_graph_with_the_changes_made_so_far(scheme: QuantScheme, x: Tensor):
     graph = placed(branches(), scheme, x)
     floats = stored_tensors(graph)
-    for layer, inputs, _ in walk(graph, floats, [x]):
+    for layer, inputs, _ in walk(graph, floats, [(x,)]):
         assert layer.quantizer is not None
         read = inputs[0]
         with torch.no_grad():
@@ -79,7 +79,9 @@ def test_samples_are_those_that_fit(
     graph = placed(branches(), scheme, x)
     # alive at most, in float and in integers: the three (8, 6, 6) around the addition
     monkeypatch.setattr(layers_module, "WALK_BYTES", 23 * 3 * 8 * 6 * 6 * 4)
-    for _, inputs, outputs in walk(graph, stored_tensors(graph), list(x.split(8))):
+    for _, inputs, outputs in walk(
+        graph, stored_tensors(graph), list(zip(x.split(8), strict=True))
+    ):
         assert [len(part) for part in inputs] == [len(part) for part in outputs] == [8, 3]
 
 

@@ -454,7 +454,7 @@ def test_the_graph_that_is_trained_leaves_activations_to_quantizers(
         scheme,
     )
     x = 4 * torch.randn(4, 4, 8, 8)
-    calibrate(graph, [2 * x], "minmax")
+    calibrate(graph, [(2 * x,)], "minmax")
     lean = training_graph(graph)
     left = sum(upper_bound(node) is not None for node in lean.graph.nodes)
     assert left == symmetric  # then no quantizer reads the one before the sigmoid

@@ -45,13 +45,15 @@ class Rounded:
         self.nearest = place(capture(self.module, (batch(0)[:2],)), self.scheme)
         for name in WEIGHTS:
             quantizers(self.nearest)[name].low, quantizers(self.nearest)[name].high = -7, 7
-        calibrate(self.nearest, [batch(0)], "mse")
+        calibrate(self.nearest, [(batch(0),)], "mse")
         self.graph = self.round(seed=0)
 
     def round(self, **options: Any) -> GraphModule:
         graph = copy.deepcopy(self.nearest)
         given = {"iterations": 300} | options
-        round_weights(graph, stored_tensors(graph), list(batch(0).split(30)), **given)
+        round_weights(
+            graph, stored_tensors(graph), list(zip(batch(0).split(30), strict=True)), **given
+        )
         return graph
 
     def error(self, graph: GraphModule) -> float:

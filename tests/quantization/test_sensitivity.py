@@ -221,7 +221,7 @@ def test_outputs_that_no_one_can_judge_need_a_task(host: Target, batches: Batche
 def test_a_trial_is_what_quantize_makes_of_it(trained: Network, batches: Batches, name: str):
     """Also where the trial has a quantizer that the others have not: the skip of TensorRT's Add."""
     target = Target.load(name)
-    inputs = [x for x, _ in batches[:2]]
+    inputs = [(x,) for x, _ in batches[:2]]
     calibrated = _calibrated(trained, target, (), inputs, "mse")
     before = {name: tensor.clone() for name, tensor in calibrated.state().items()}
     trials = _Trials(trained, calibrated, inputs, "mse")

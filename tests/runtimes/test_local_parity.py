@@ -34,7 +34,7 @@ Change = Callable[[onnx.ModelProto], None]
 def local(path: Path, net: Network, x: Tensor, *, shipped: bool) -> LocalParity:
     """Of a file for ONNX Runtime."""
     written, fused = (OnnxRuntime().load(path, threads=1, emulated=e) for e in (True, False))
-    return local_parity(net, x, written=written, shipped=fused if shipped else None)
+    return local_parity(net, [x], written=written, shipped=fused if shipped else None)
 
 
 def assert_sound(found: LocalParity) -> None:
@@ -50,7 +50,7 @@ def test_a_runtime_that_shows_no_inner_tensors_is_skipped_with_the_reason(
 ):
     session = OnnxRuntime().load(int8_artifact.path, threads=1)
     session.tensors = lambda inputs, names: {}  # type: ignore[method-assign]
-    found = local_parity(quantized, batches[0][0][:2], written=None, shipped=session)
+    found = local_parity(quantized, [batches[0][0][:2]], written=None, shipped=session)
     assert found.passes == {}
     assert found.skipped == "the runtime shows no inner tensors; outputs alone are compared"
 
@@ -155,7 +155,7 @@ def between(
     runtime, x = get_runtime(target.runtime), torch.randn(8, 3, 16, 16)
     shipped = runtime.load(path, threads=1)
     written = runtime.load(path, threads=1, emulated=True) if runtime.plain else None
-    assert_sound(local_parity(net, x, written=written, shipped=shipped))
+    assert_sound(local_parity(net, [x], written=written, shipped=shipped))
     with torch.no_grad():
         ours = net(x).numpy()
     step = np.abs(ours).max() / 127
@@ -215,7 +215,7 @@ def test_openvinos_operators_are_exact_and_a_kernel_that_showing_unfuses_is_told
         net = quantize(trained, target=here, data=batches, accelerator="cpu")
         path = export(net, target=here, out=tmp_path / add_inputs).path
         session = get_runtime("openvino").load(path, threads=1)
-        found = local_parity(net, x, written=None, shipped=session)
+        found = local_parity(net, [x], written=None, shipped=session)
         assert list(found.passes) == ["as shipped"]
         # a quantizer between a convolution and its Add clips in the fused kernel, and rounds shown
         assert any("unfused" in cause for cause in found.passes["as shipped"].causes) != same
