@@ -37,13 +37,17 @@ class QuantScheme(_Frozen):
             want it; of poolings, those over windows, not those over whole maps.
         fixed_scales: operators whose output has the one scale that the device's kernel takes:
             of a sigmoid 1 / 256, from 0 on.
+        symmetric_matmul: whether a product of two activations wants its factors as int8 with zero
+            point 0 (what a softmax gives, from 0 on, as the others), and gives floats: so OpenVINO's
+            attention kernel.
         outputs: whether the output of an integer operator is quantized too.
         integer_inputs, integer_outputs: whether the file takes and gives integers; their scales are
             in its metadata, see `integer_ends`.
         least_pooled_channels: a convolution over 1 × 1 maps of fewer channels stays in float, where
             the runtime has no integer kernel for it.
         ops: the operators that run in integers; the others stay in float (softmax, normalisation
-            and activations that no kernel takes along always do).
+            and activations that no kernel takes along always do). With "sigmoid", which integer
+            runtimes look up in a table, a SiLU becomes a sigmoid and a product.
     """
 
     activation_dtype: Literal["uint8", "int8"]
@@ -55,13 +59,23 @@ class QuantScheme(_Frozen):
     add_inputs: Literal["both", "skip"]
     shared_scales: tuple[Literal["add", "concat", "pool"], ...] = ()
     fixed_scales: tuple[Literal["sigmoid"], ...] = ()
+    symmetric_matmul: bool = False
     outputs: bool
     least_pooled_channels: int = 1
     integer_inputs: bool = False
     integer_outputs: bool = False
     ops: tuple[
         Literal[
-            "conv", "conv_transpose", "linear", "matmul", "add", "sub", "mul", "concat", "pool"
+            "conv",
+            "conv_transpose",
+            "linear",
+            "matmul",
+            "add",
+            "sub",
+            "mul",
+            "sigmoid",
+            "concat",
+            "pool",
         ],
         ...,
     ]

@@ -47,6 +47,18 @@ def as_exported(ops: Sequence[Op]) -> list[Op]:
     return alive(kept)
 
 
+def split_silu(ops: Sequence[Op]) -> list[Op]:
+    """Each SiLU as x · σ(x), see `quantization/canonical.py`; `ops` are changed."""
+    kept = []
+    for op in ops:
+        if op.kind == "silu":
+            kept.append(Op("sigmoid", list(op.inputs), op.shape))
+            op.kind, op.inputs = "mul", [*op.inputs, kept[-1]]
+        kept.append(op)
+    count_users(kept)
+    return kept
+
+
 def copied(ops: Sequence[Op]) -> list[Op]:
     """The same graph, to be changed."""
     copies = {id(op): replace(op, options=dict(op.options)) for op in ops}
@@ -125,7 +137,7 @@ def convolution(op: Op, name: str, cin: int, cout: int) -> Kernel:
 
 KINDS = {
     "convolution": "conv", "linear": "linear", "add": "add", "sub": "sub", "mul": "mul",
-    "cat": "concat",
+    "sigmoid": "sigmoid", "cat": "concat",
     "avg_pool2d": "pool", "matmul": "matmul",
     **dict.fromkeys(
         ("max_pool2d", "view", "permute", "transpose", "slice", "select", "squeeze", "unsqueeze",

@@ -23,6 +23,7 @@ from edgekd.latency.exported import (
     elementwise,
     is_spatial_mean,
     plain_kernel,
+    split_silu,
 )
 from edgekd.latency.kernels import Kernel
 from edgekd.latency.tracing import Dims, Op, count_users
@@ -33,7 +34,7 @@ ALIGNED = 4
 FUSED_INTO_CONV = {"relu", "clip", "sigmoid", "tanh", "leakyrelu", "hardsigmoid"}
 FUSED_BLOCKED = FUSED_INTO_CONV | {"hardswish"}
 # elementwise operators that run on blocked maps as they are
-BLOCKED_UNARY = {"relu", "sigmoid", "tanh", "quickgelu"}
+BLOCKED_UNARY = {"relu", "sigmoid", "tanh", "quickgelu", "gelu"}
 ONNX = {
     "relu": "Relu", "clip": "Clip", "sigmoid": "Sigmoid", "tanh": "Tanh", "quickgelu": "QuickGelu",
     "gelu": "Gelu", "leakyrelu": "LeakyRelu", "hardsigmoid": "HardSigmoid", "elu": "Elu",
@@ -118,19 +119,6 @@ def onnxruntime_floats(ops: Sequence[Op], scheme: QuantScheme | None) -> list[Ke
     for op in ops:
         _RULES.get(op.kind, _any)(op, state)
     return state.kernels
-
-
-GELU = ("Div", "Erf", "Add", "Mul", "Mul")
-
-
-def _gelu(op: Op, state: _Blocked) -> None:
-    state.need_plain(op.inputs[0])
-    state.kernels += gelu_kernels(op)
-
-
-def gelu_kernels(op: Op) -> list[Kernel]:
-    """x / 2 · (1 + erf(x / √2)), which no fusion finds in this form."""
-    return [elementwise(name, op.shape, op.size * (1 + (i == 4))) for i, name in enumerate(GELU)]
 
 
 def _unbind(op: Op, state: _Blocked) -> None:
@@ -326,7 +314,7 @@ _RULES: dict[str, Callable[[Op, _Blocked], None]] = {
     "max_pool2d": _pool, "avg_pool2d": _pool, "mean": _mean, "cat": _concat,
     "unbind": _unbind, "permute": _permute, "transpose": _permute, "layer_norm": _layer_norm,
     "part": lambda op, state: None,
-    **dict.fromkeys(NAMES, _activation), "gelu": _gelu,
+    **dict.fromkeys(NAMES, _activation),
 }  # fmt: skip
 
 
@@ -334,7 +322,7 @@ _RULES: dict[str, Callable[[Op, _Blocked], None]] = {
 
 LAST = {"QLinearConv", "NhwcMaxPool", "QLinearGlobalAveragePool", "QLinearAveragePool"}
 AGNOSTIC = {
-    "QuantizeLinear", "DequantizeLinear", "Add", "Mul", "Sub", "Div", "Erf", "QLinearAdd",
+    "QuantizeLinear", "DequantizeLinear", "Add", "Mul", "Sub", "Div", "QLinearAdd",
     "QLinearMul", "QLinearSigmoid", "QLinearConcat", *ONNX.values(), "add", "mul", "sub", "div",
     "cat", "split", "part",
 }  # fmt: skip
@@ -396,7 +384,8 @@ class _Quantized:
 
     def compute(self, op: Op, kind: str) -> None:
         names = {"conv": "QLinearConv", "linear": "QGemm", "add": "QLinearAdd", "mul": "QLinearMul",
-                 "concat": "QLinearConcat", "pool": "QLinearAveragePool"}  # fmt: skip
+                 "sigmoid": "QLinearSigmoid", "concat": "QLinearConcat",
+                 "pool": "QLinearAveragePool"}  # fmt: skip
         if kind == "concat":
             for constant in (i for i in op.inputs if i.kind == "constant"):
                 self.floats[id(constant)] = self.node("class_token", [], constant)
@@ -414,22 +403,12 @@ class _Quantized:
     def floating(self, op: Op) -> None:
         sources = op.inputs
         kind = activation(op)
-        if kind == "sigmoid" and id(sources[0]) in self.integers and all(
-            self.place.kind(u) not in (None, "pass") for u in op.users
-        ):  # fmt: skip
-            self.integers[id(op)] = self.node("QLinearSigmoid", [self.integer(sources[0])], op)
-            return
         if kind == "quickgelu" and id(sources[0]) not in self.floats:
             first, second = self.float(sources[0]), self.float(sources[0])
             made = self.node("Mul", [second, self.node("Sigmoid", [first], op)], op)
         elif kind == "hardswish":
             x = self.float(sources[0])
             made = self.node("Mul", [x, self.node("HardSigmoid", [x], op)], op)
-        elif kind == "gelu":
-            x, made = self.float(sources[0]), self.float(sources[0])
-            for name in GELU[:-1]:
-                made = self.node(name, [made], op)
-            made = self.node("Mul", [x, made], op)
         elif kind in CLIPS and all(map(self.place.kind, op.users)):
             made = self.float(sources[0])  # the quantizer behind it clips
         elif kind:
@@ -452,6 +431,8 @@ def plain(op: Op) -> Op:
 def onnxruntime_integers(ops: Sequence[Op], scheme: QuantScheme | None) -> list[Kernel]:
     """Of ONNX Runtime's CPU provider in INT8, x86: kernels that want channels last, and turns."""
     assert scheme is not None
+    if "sigmoid" in scheme.ops:
+        ops = split_silu(ops)
     nodes = _Quantized(ops, scheme).nodes
     count_users(nodes)
     leads: dict[int, bool] = {}  # to a kernel that wants channels last

@@ -60,6 +60,14 @@ def _replace(node: Node, by: Node) -> None:
     by.name = node.name
 
 
+def split_silu(graph: Graph) -> None:
+    """Each SiLU as x · σ(x) (Ramachandran et al. 2017, arXiv:1710.05941)."""
+    for node in graph.find_nodes(op="call_function", target=aten.silu.default):
+        (x,) = node.args
+        call = _before(node)
+        _replace(node, call(aten.mul.Tensor, x, call(aten.sigmoid.default, x)))
+
+
 def inline(
     node: Node, device: str, dtype: Any, enabled: bool, cached: Any, body: Node, *inputs: Any
 ) -> None:
@@ -134,6 +142,24 @@ def reshape(node: Node, x: Node, sizes: Any) -> None:
     computed = [i for i, size in enumerate(sizes) if isinstance(size, Node)]
     if len(computed) == 1 and -1 not in sizes:
         node.args = (x, [-1 if i in computed else size for i, size in enumerate(sizes)])
+    _channel_shuffle(node)
+
+
+def _channel_shuffle(node: Node) -> None:
+    """(N, C, H, W) as (N, G, C / G, H, W), as (N, C / G, G, H, W) and back is one operation.
+
+    Runtimes know it by its parts (Zhang et al. 2018, arXiv:1707.01083 §3.1), if nothing is between
+    them.
+    """
+    turned: Any = node.args[0]
+    if turned.target is not aten.transpose.int or len(turned.users) > 1:
+        return
+    apart, *axes = turned.args
+    if apart.target is not aten.reshape.default or len(apart.users) > 1 or sorted(axes) != [1, 2]:
+        return
+    whole, parts = _shape(apart.args[0]), _shape(apart)
+    if len(whole) == 4 and _shape(node) == whole and len(parts) == 5 and parts[3:] == whole[2:]:
+        _replace(node, _before(node)(aten.channel_shuffle.default, apart.args[0], parts[1]))
 
 
 def chunk(node: Node, x: Node, parts: int, axis: int = 0) -> None:

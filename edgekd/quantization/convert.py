@@ -37,7 +37,7 @@ def convert(
                 weight = tensor_of(converted, source)
                 assert weight is not None
                 weight.copy_(quantizer(weight))
-            elif unsigned and quantizer.dtype is torch.int8:
+            elif unsigned and quantizer.dtype is torch.int8 and not quantizer.symmetric:
                 quantizer.to_unsigned()
     done = convert_pt2e(converted, fold_quantize=fold_weights)
     assert isinstance(done, GraphModule)

@@ -23,6 +23,7 @@ from torchao.quantization.pt2e.quantizer import (
 )
 
 from edgekd.errors import ModelError, nearest
+from edgekd.quantization.canonical import split_silu
 from edgekd.quantization.capture import WEIGHTED, arguments, tensor_of
 from edgekd.quantization.fake_quant import FakeQuant
 from edgekd.target import QuantScheme
@@ -30,7 +31,17 @@ from edgekd.target import QuantScheme
 aten = torch.ops.aten
 
 Kind = Literal[
-    "conv", "conv_transpose", "linear", "matmul", "add", "sub", "mul", "concat", "pool", "pass"
+    "conv",
+    "conv_transpose",
+    "linear",
+    "matmul",
+    "add",
+    "sub",
+    "mul",
+    "sigmoid",
+    "concat",
+    "pool",
+    "pass",
 ]
 
 KINDS: dict[Any, Kind] = {
@@ -49,6 +60,7 @@ KINDS: dict[Any, Kind] = {
     aten.add.Tensor: "add",
     aten.sub.Tensor: "sub",
     aten.mul.Tensor: "mul",
+    aten.sigmoid.default: "sigmoid",
     aten.cat.default: "concat",
     aten.avg_pool2d.default: "pool",
     aten.adaptive_avg_pool2d.default: "pool",
@@ -84,7 +96,8 @@ SUMS: tuple[Kind, ...] = ("add", "sub")
 # kinds whose kernel takes the activation behind them along
 FUSING: tuple[Kind, ...] = ("conv", "conv_transpose", "linear", *SUMS)
 # kinds that are cheap: worth it in integers only where integers come in
-FOLLOWING: tuple[Kind, ...] = (*SUMS, "mul", "concat", "pool")
+FOLLOWING: tuple[Kind, ...] = (*SUMS, "mul", "sigmoid", "concat", "pool")
+UNARY: tuple[Kind, ...] = ("sigmoid", "pool")
 
 
 def upper_bound(node: Node) -> float | None:
@@ -184,7 +197,7 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no type
             # on constants, as a positional encoding is, the exporter computes it beforehand
             runs = args[1].op == "get_attr" and args[0] in self._varying
             return kind if runs and not (kind == "conv" and self._too_few(args[0])) else None
-        terms = args[0] if kind == "concat" else args[: 1 if kind == "pool" else 2]
+        terms = args[0] if kind == "concat" else args[: 1 if kind in UNARY else 2]
         if not all(isinstance(t, Node) and t in self._varying for t in terms):
             return None
         if kind in FOLLOWING and not any(self._kind(self._source(t)) for t in terms):
@@ -259,7 +272,8 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no type
     def _wants_output(self, node: Node, kind: Kind) -> bool:
         if self.scheme.integer_outputs and all(map(_ends, node.users)):
             return True
-        return self.scheme.outputs and not (self._leaves(node, kind) or self._joins(node))
+        floats = kind == "matmul" and self.scheme.symmetric_matmul
+        return self.scheme.outputs and not (floats or self._leaves(node, kind) or self._joins(node))
 
     def _leaves(self, node: Node, kind: Kind) -> bool:
         """A linear layer may give the network's output in float, reshaped or not."""
@@ -272,17 +286,25 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no type
             root = arguments(root)[0]
         if root not in self._specs:
             bound = upper_bound(root)
-            dtype = getattr(torch, self.scheme.activation_dtype)
+            symmetric = self.scheme.symmetric_matmul and self._is_factor(root)
+            dtype = torch.int8 if symmetric else getattr(torch, self.scheme.activation_dtype)
             self._specs[root] = QuantizationSpec(
                 dtype=dtype,
                 observer_or_fake_quant_ctr=FakeQuant.with_args(
                     dtype=dtype,
-                    symmetric=self.scheme.activation_symmetric,
+                    symmetric=symmetric or self.scheme.activation_symmetric,
                     max_value=None if bound is None or bound == float("inf") else bound,
                     fixed_scale=self._fixed_scale(root),
                 ),
             )
         return self._specs[root]
+
+    def _is_factor(self, node: Node) -> bool:
+        """Whether a matrix product reads `node`, moved or not, and it may be below 0."""
+        return node.target is not aten.softmax.int and any(
+            self._kind(user) == "matmul" or (self._kind(user) == "pass" and self._is_factor(user))
+            for user in node.users
+        )
 
     def _fixed_scale(self, node: Node) -> float | None:
         """LiteRT's 8-bit specification, LOGISTIC: the output's scale is 1 / 256."""
@@ -329,6 +351,8 @@ def place(
     Args:
         float_layers: layers that stay in float all the same, by `layer_name`.
     """
+    if "sigmoid" in scheme.ops:
+        split_silu(graph_module.graph)
     prepared = prepare_pt2e(graph_module, SchemeQuantizer(scheme, float_layers))
     assert isinstance(prepared, GraphModule)
     return prepared

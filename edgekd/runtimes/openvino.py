@@ -149,13 +149,23 @@ class OpenVinoSession:
         return next((n for n in port.names if n in self.integers), str(port.any_name))
 
     def integer_share(self) -> tuple[int, int]:
-        """Read off the compiled model's runtime information."""
+        """Read off the compiled model's runtime information.
+
+        An attention is one "Subgraph" there, whose products count if they are in integers.
+        """
         integer = total = 0
+        ops = self._model.get_ordered_ops()
+        products = {op.get_friendly_name() for op in ops if op.get_type_name() == "MatMul"}
         for op in self._compiled.get_runtime_model().get_ordered_ops():
             info = op.get_rt_info()
-            if info["layerType"].astype(str) in MATRIX_LAYERS:
+            kind, names = (info[key].astype(str) for key in ("layerType", "originalLayersNames"))
+            in_integers = info["runtimePrecision"].astype(str) in ("i8", "u8")
+            if kind in MATRIX_LAYERS:
                 total += 1
-                integer += info["runtimePrecision"].astype(str) in ("i8", "u8")
+                integer += in_integers
+            elif kind == "Subgraph" and in_integers:
+                inside = len(products.intersection(names.split(",")))
+                total, integer = total + inside, integer + inside
         return integer, total
 
     def tensors(self, inputs: Arrays, names: list[str]) -> dict[str, NDArray[np.float32]]:

@@ -41,7 +41,7 @@ def test_it_goes_on_where_it_was_broken_off(home, monkeypatch):
         assert row.low_ms <= row.p50_ms <= row.high_ms
         assert row.quiet_ms <= row.p50_ms
         assert (row.origin, row.threads, row.clock) == ("host", 1, "cpu")
-        assert sum(r.kind == "kernel" and r.sha256 == row.sha256 for r in rows) > 100
+        assert sum(r.kind == "kernel" and r.sha256 == row.sha256 for r in rows) > 50
     monkeypatch.setattr(module, "measure_here", lambda *_: [])
     assert calibrate("host-onnxruntime").measured == 1
     assert not list(own_file("host-onnxruntime").parent.rglob("*.onnx"))
