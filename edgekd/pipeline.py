@@ -68,7 +68,7 @@ from edgekd.training import evaluate, fabric, gather, predict
 
 SAMPLES = 3  # test images that the report shows
 # raised when a stage's meaning changes, so that folders of older versions are not taken for it
-STAGE_VERSIONS = {"choice": 1, "teacher": 1, "distill": 1, "prune": 1, "quantize": 2, "export": 3}
+STAGE_VERSIONS = {"choice": 1, "teacher": 1, "distill": 1, "prune": 1, "quantize": 3, "export": 4}
 _SAMPLE_ROWS = TypeAdapter(tuple[SampleRow, ...])
 TEACHER_REMEDY = (
     "give teacher.model with teacher.weights (a trained state dict) or teacher.epochs (to train it "

@@ -38,8 +38,8 @@ class QuantScheme(_Frozen):
         fixed_scales: operators whose output has the one scale that the device's kernel takes:
             of a sigmoid 1 / 256, from 0 on.
         symmetric_matmul: whether a product of two activations wants its factors as int8 with zero
-            point 0 (what a softmax gives, from 0 on, as the others), and gives floats: so OpenVINO's
-            attention kernel.
+            point 0 (what a softmax gives, from 0 on, as all others), and gives floats: so does
+            OpenVINO's attention kernel.
         outputs: whether the output of an integer operator is quantized too.
         integer_inputs, integer_outputs: whether the file takes and gives integers; their scales are
             in its metadata, see `integer_ends`.

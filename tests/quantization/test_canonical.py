@@ -32,6 +32,24 @@ def masked(_: Any, x: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(x, x.sin(), x.cos(), mask, scale=0.3)
 
 
+def shuffled(_: Any, x: Tensor) -> Tensor:
+    n, channels, height, width = x.shape
+    apart = x.view(n, 3, channels // 3, height, width)
+    return apart.transpose(1, 2).contiguous().view(n, -1, height, width)
+
+
+def shuffled_rows(_: Any, x: Tensor) -> Tensor:
+    n, channels, height, width = x.shape
+    apart = x.view(n, channels, 2, height // 2, width)
+    return apart.transpose(2, 3).reshape(n, channels, height, width)
+
+
+def shuffled_and_read(_: Any, x: Tensor) -> Tensor:
+    n, channels, height, width = x.shape
+    turned = x.view(n, 3, channels // 3, height, width).transpose(1, 2)
+    return turned.reshape(n, channels, height, width) * turned.sum()
+
+
 def without_autocast(m: Any, x: Tensor) -> Tensor:
     with torch.autocast("cpu", enabled=False):
         y = m.linear(x.float())
@@ -68,6 +86,16 @@ CASES: dict[str, tuple[Callable[[Any, Tensor], Tensor], tuple[int, ...], set[Any
     "a view by the batch": (
         lambda _, x: x.view(x.shape[0], 12), (3, 4), {aten.sym_size.int, aten.view.default},
         {aten.reshape.default},
+    ),
+    "a channel shuffle": (
+        shuffled, (6, 4, 5), {aten.reshape.default, aten.transpose.int},
+        {aten.channel_shuffle.default},
+    ),
+    "rows are no channels": (
+        shuffled_rows, (6, 4, 5), {aten.channel_shuffle.default}, {aten.transpose.int}
+    ),
+    "a channel shuffle that is read half way": (
+        shuffled_and_read, (6, 4, 5), {aten.channel_shuffle.default}, {aten.transpose.int}
     ),
     "a slice of everything": (lambda _, x: 2 * x[:, :], (7, 4), {aten.slice.Tensor}, set()),
     "a slice of a part": (lambda _, x: 2 * x[:, 2:-1], (7, 4), set(), {aten.slice.Tensor}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,53 @@ def test_a_branch_of_almost_nothing_is_exact(tmp_path: Path, monkeypatch: pytest
     pytest.importorskip("openvino")
     monkeypatch.setattr(runtime_graph, "RUNS", 2)
     between(torch.add, Target.load("intel-cpu"), tmp_path, second=5e-7)
+
+
+def test_silu_and_sigmoid_are_looked_up_by_onnxruntime_and_gelu_is_one_operator(
+    host: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(runtime_graph, "RUNS", 2)
+    nodes = between(lambda a, b: F.silu(a) + b.sigmoid() * b, host, tmp_path / "silu")
+    kinds = Counter(node.operator for node in nodes)
+    assert [kinds[f"com.microsoft:QLinear{name}"] for name in ("Sigmoid", "Mul")] == [2, 2]
+    assert not kinds.keys() & {"Sigmoid", "com.microsoft:QuickGelu", "Mul"}
+    nodes = between(lambda a, b: F.gelu(a) + b, host, tmp_path / "gelu")
+    kinds = Counter(node.operator for node in nodes)
+    assert (kinds["Gelu"], kinds["Erf"]) == (1, 0)
+
+
+def test_attention_is_one_integer_kernel_of_openvinos(tmp_path: Path):
+    pytest.importorskip("openvino")
+    target = Target.load("intel-cpu-vnni")
+    if not target.native_here:
+        pytest.skip(f"{target.name} needs {target.needs}")
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.last = nn.Linear(32, 96), nn.Linear(32, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.qkv(x).reshape(-1, 16, 3, 2, 16).permute(2, 0, 3, 1, 4).unbind(0)
+            y = F.scaled_dot_product_attention(q, k, v)
+            out: Tensor = self.last(y.transpose(1, 2).reshape(-1, 16, 32))
+            return out
+
+    torch.manual_seed(0)
+    x = torch.randn(16, 16, 32)
+    net = quantize(
+        Network(Block(), torch.zeros(1, 16, 32)), target=target, data=[x], accelerator="cpu"
+    )
+    path = export(net, target=target, out=tmp_path).path
+    session = get_runtime("openvino").load(path, threads=1)
+    assert session.integer_share() == (4, 4)
+    ran = local_parity(net, [x[:8]], written=None, shipped=session).as_shipped
+    assert ran is not None and (ran.first, ran.max_steps <= 1, ran.exact >= 0.999) == (
+        None,
+        True,
+        True,
+    )
+    assert ran.tensors == ran.of - 1  # the product takes the transposition of the keys along
 
 
 @pytest.mark.parametrize("name", ["host-onnxruntime", "intel-cpu"])
