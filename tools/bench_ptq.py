@@ -45,7 +45,7 @@ from edgekd.tasks.base import wilson_interval
 RESULT = Path(__file__).parents[1] / "docs" / "bench" / "ptq.json"
 CALIBRATION, LEARNT = 100, 200
 EPOCHS, BATCH, LR = 12, 20, 5e-4
-ORT, OPENVINO = "host-onnxruntime", "intel-cpu"
+ORT, OPENVINO, VNNI = "host-onnxruntime", "intel-cpu", "intel-cpu-vnni"
 
 
 # ---- peers ---------------------------------------------------------------------------------------
@@ -167,6 +167,8 @@ def latency(rounds: int, only: Sequence[str], kept: list[dict[str, Any]]) -> dic
             folder = Path(text)
             fp32 = edgekd.export(net, target=ORT, out=folder / "fp32").path
             for target, peers in PEERS.items():
+                if target == OPENVINO and edgekd.Target.load(VNNI).native_here:
+                    target = VNNI  # NNCF gives eight weight bits too
                 quantized = edgekd.quantize(net, target=target, data=batches, calibration=40)
                 own = edgekd.export(quantized, target=target, out=folder / target).path
                 files, refused = {"edgekd": own}, {}

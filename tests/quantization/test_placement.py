@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 
 from edgekd.errors import ModelError
 from edgekd.quantization.calibration import calibrate
-from edgekd.quantization.capture import arguments, capture
+from edgekd.quantization.capture import capture
 from edgekd.quantization.convert import convert
 from edgekd.quantization.placement import (
     KINDS,
