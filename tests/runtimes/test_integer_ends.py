@@ -107,7 +107,7 @@ class Ends(nn.Module):
     ("before", "after", "reason"),
     [
         (nn.Sigmoid(), nn.Identity(), "integer inputs: input goes in float into Sigmoid"),
-        (nn.Identity(), nn.Sigmoid(), "integer outputs: output comes out of a float operator"),
+        (nn.Identity(), nn.Tanh(), "integer outputs: output comes out of a float operator"),
         (nn.Identity(), nn.Flatten(), None),
         (nn.MaxPool2d(2), nn.ReLU(), None),
     ],
