@@ -14,6 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from edgekd.errors import TargetError, describe_invalid, nearest
 
 Precision = Literal["fp32", "fp16", "int8"]
+IntegerOp = Literal[
+    "conv", "conv_transpose", "linear", "matmul", "add", "sub", "mul", "sigmoid", "concat", "pool"
+]
 
 
 class _Frozen(BaseModel):
@@ -64,21 +67,7 @@ class QuantScheme(_Frozen):
     least_pooled_channels: int = 1
     integer_inputs: bool = False
     integer_outputs: bool = False
-    ops: tuple[
-        Literal[
-            "conv",
-            "conv_transpose",
-            "linear",
-            "matmul",
-            "add",
-            "sub",
-            "mul",
-            "sigmoid",
-            "concat",
-            "pool",
-        ],
-        ...,
-    ]
+    ops: tuple[IntegerOp, ...]
 
     @model_validator(mode="after")
     def _possible(self) -> QuantScheme:

@@ -26,23 +26,11 @@ from edgekd.errors import ModelError, nearest
 from edgekd.quantization.canonical import split_silu
 from edgekd.quantization.capture import WEIGHTED, arguments, tensor_of
 from edgekd.quantization.fake_quant import FakeQuant
-from edgekd.target import QuantScheme
+from edgekd.target import IntegerOp, QuantScheme
 
 aten = torch.ops.aten
 
-Kind = Literal[
-    "conv",
-    "conv_transpose",
-    "linear",
-    "matmul",
-    "add",
-    "sub",
-    "mul",
-    "sigmoid",
-    "concat",
-    "pool",
-    "pass",
-]
+Kind = IntegerOp | Literal["pass"]
 
 KINDS: dict[Any, Kind] = {
     aten.conv1d.default: "conv",
@@ -346,9 +334,10 @@ def _fuses(node: Node) -> bool:
 def place(
     graph_module: GraphModule, scheme: QuantScheme, float_layers: Collection[str] = ()
 ) -> GraphModule:
-    """A copy of the captured graph with a `FakeQuant` wherever the scheme wants integers.
+    """The captured graph with a `FakeQuant` wherever the scheme wants integers.
 
     Args:
+        graph_module: used up: give a copy of one that is needed still.
         float_layers: layers that stay in float all the same, by `layer_name`.
     """
     if "sigmoid" in scheme.ops:
