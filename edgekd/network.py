@@ -173,7 +173,11 @@ class Network:
 
     def __call__(self, *inputs: Tensor) -> Any:
         """The module's outputs as they come: a tensor, or a tuple or dict of tensors."""
-        given, _ = self.io.divide(inputs)
+        given, rest = self.io.divide(inputs)
+        if rest:
+            raise ModelError(
+                f"this network takes {len(given)} inputs and gets {len(inputs)}: leave out targets"
+            )
         return self.module(*given)
 
     def __repr__(self) -> str:

@@ -79,6 +79,8 @@ def test_a_batch_that_lacks_an_input_or_has_another_type_is_refused():
     several = r"takes 2 inputs \(input0 float32, input1 float32\); the batch is of "
     with pytest.raises(ModelError, match=several + r"1 \(float32\)"):
         net(inputs[0])
+    with pytest.raises(ModelError, match=r"takes 2 inputs and gets 3"):
+        net(*inputs, labels)
     with pytest.raises(ModelError, match=several):
         quantize(net, target="host-onnxruntime", data=[inputs[0]], accelerator="cpu")
     with pytest.raises(ModelError, match=several + r"2 \(float32, int64\): give batches of the in"):
