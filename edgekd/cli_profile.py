@@ -188,8 +188,12 @@ def _tables(rows: Sequence[_Row], *, ratios: bool) -> list[Table]:
     """How fast, and what else it takes; a terminal is too narrow for both in one."""
     several = len({row.measured.target for row in rows}) > 1
     energy = any(row.measured.energy_mj is not None for row in rows)
+    paced = any(row.measured.quiet_ms is not None for row in rows)
     names = [*(["target"] if several else []), "file"]
-    fast = ["p50 ms", "± %", "p90 ms", "p99 ms", "per s", *(["× first"] if ratios else []), "trust"]
+    fast = [
+        "p50 ms", "± %", "p90 ms", "p99 ms", *(["quiet ms"] if paced else []), "per s",
+        *(["× first"] if ratios else []), "trust",
+    ]  # fmt: skip
     takes = ["load ms", "file KiB", "loaded MiB", "peak MiB", *(["mJ"] if energy else [])]
     tables = [Table(title="latency, batch 1"), Table(title="what else it takes")]
     for table, figures in zip(tables, (fast, takes), strict=True):
@@ -204,7 +208,8 @@ def _tables(rows: Sequence[_Row], *, ratios: bool) -> list[Table]:
         low, high = m.p50_ci95_ms
         tables[0].add_row(
             *named, f"{m.p50_ms:.3f}", f"{50 * (high - low) / m.p50_ms:.1f}", f"{m.p90_ms:.3f}",
-            f"{m.p99_ms:.3f}", f"{m.throughput_per_s:.1f}",
+            f"{m.p99_ms:.3f}", *([_figure(m.quiet_ms, 3)] if paced else []),
+            f"{m.throughput_per_s:.1f}",
             *([f"{m.p50_ms / first[m.target]:.2f}"] if ratios else []), m.trust,
         )  # fmt: skip
         tables[1].add_row(
@@ -214,8 +219,8 @@ def _tables(rows: Sequence[_Row], *, ratios: bool) -> list[Table]:
     return tables
 
 
-def _figure(value: float | None) -> str:
-    return "" if value is None else f"{value:.1f}"
+def _figure(value: float | None, digits: int = 1) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
 
 
 def _conditions(rows: Sequence[_Row]) -> list[str]:
@@ -231,6 +236,8 @@ def _conditions(rows: Sequence[_Row]) -> list[str]:
             + ("" if m.warm_up_steady else ", which did not get steady"),
             "no run thrown away",
             "± is half of the median's 95 % interval",
+            "quiet: without what others on the machine take, by a reference network in its turns"
+            if m.quiet_ms is not None else "",
             _change("CPU", c.cpu_mhz_before, c.cpu_mhz_after, "MHz"),
             _change("GPU", c.gpu_mhz_before, c.gpu_mhz_after, "MHz"),
             _change("temperature", c.temperature_c_before, c.temperature_c_after, "°C"),

@@ -39,7 +39,6 @@ from edgekd.files import write_atomically
 from edgekd.latency.calibrate import (
     PROBES,
     export_files,
-    one_run,
     runnable,
     timed,
 )
@@ -57,8 +56,7 @@ from edgekd.target import Target
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "docs" / "bench" / "latency_model"
 TARGETS = ("host-onnxruntime", "intel-cpu")
-TEST_SEED = 20261124
-REFERENCE = f"dense-{TEST_SEED}"  # timed with each network: it tells how quiet the host is
+TEST_SEED = 20261126
 KINDS: tuple[ProbeKind, ...] = ("dense", "depthwise", "transformer")
 # name -> side in pixels
 NAMED = {
@@ -118,26 +116,21 @@ def export_one(name: str, files: Path) -> None:
     write_atomically(files / "done", "")
 
 
-def measure_one(name: str, files: Path, reference: Path) -> None:
-    """All files of a network in turns, and a reference file with them."""
+def measure_one(name: str, files: Path) -> None:
+    """The files of a network that a runtime runs, in turns, and the reference network with them."""
     module, shape = build(name)
     net = edgekd.Network(module.eval(), torch.zeros(1, *shape))
-    calls = {"reference": one_run(get_runtime("onnxruntime").load(reference, threads=1))}
-    hashes = {}
-    for target in map(Target.load, TARGETS):
-        runtime = get_runtime(target.runtime)
-        for precision in runnable(target):
-            path = files / f"{target.name}-{precision}{runtime.suffix}"
-            calls[f"{target.name} {precision}"] = one_run(runtime.load(path, threads=1))
-            hashes[f"{target.name} {precision}"] = fingerprint(path)[0]
     measured: dict[str, dict[str, Any]] = {}
-    for key, samples in timed(calls, 1).items():
-        low, high = median_interval(samples)
-        quiet, p50 = np.percentile(samples, [10, 50])
-        measured[key] = {"quiet_ms": float(quiet), "p50_ms": float(p50), "low_ms": low,
-                         "high_ms": high, "runs": len(samples)}  # fmt: skip
-        if key in hashes:
-            measured[key]["sha256"] = hashes[key]
+    for target in map(Target.load, TARGETS):
+        suffix = get_runtime(target.runtime).suffix
+        paths = {p: files / f"{target.name}-{p}{suffix}" for p in runnable(target)}
+        for precision, found in timed(paths, target.runtime, 1).items():
+            low, high = median_interval(found.samples)
+            measured[f"{target.name} {precision}"] = {
+                "quiet_ms": found.quiet_ms, "reference_ms": found.reference_ms,
+                "p50_ms": float(np.median(found.samples)), "low_ms": low, "high_ms": high,
+                "runs": len(found.samples), "sha256": fingerprint(paths[precision])[0],
+            }  # fmt: skip
     record = {
         "network": name, "shape": shape, "params": net.params, "macs": net.macs,
         "host": host_name(), "date": today(), "clock": "cpu", "threads": 1, "measured": measured,
@@ -179,7 +172,6 @@ def run(what: str, part: str, minutes: float, folder: Path) -> None:
     KEPT.mkdir(parents=True, exist_ok=True)
     index, parts = map(int, part.split("/"))
     began = time.monotonic()
-    reference = folder / REFERENCE / "host-onnxruntime-fp32.onnx"
     for name in test_names()[index::parts]:
         files = folder / name.replace("/", "-")
         if time.monotonic() - began > 60 * minutes:
@@ -187,7 +179,7 @@ def run(what: str, part: str, minutes: float, folder: Path) -> None:
         if what == "export" and not (files / "done").exists():
             in_child(what, name, partial(export_one, name, files))
         elif what == "measure" and (files / "done").exists() and not kept(name).exists():
-            in_child(what, name, partial(measure_one, name, files, reference))
+            in_child(what, name, partial(measure_one, name, files))
 
 
 # ---- the tables ----------------------------------------------------------------------------------
@@ -257,7 +249,6 @@ def shape_of(kernel: Kernel) -> list[float]:
     ]  # fmt: skip
 
 
-STEADY = 1.05  # of the reference network's least time: the host was as quiet as it gets
 METHODS = ("edgekd", "nn-Meter", "operators", "FLOPs")
 
 
@@ -268,11 +259,11 @@ def kind_of(name: str) -> str:
 
 def evaluate(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Estimate ÷ measured of each network, target, precision and method."""
-    quiet = min(r["measured"]["reference"]["quiet_ms"] for r in records)
     found = []
     for target in map(Target.load, TARGETS):
         model = LatencyModel.load(target)
         rows = read_profile(target)
+        quietest = min(row.reference_ms for row in rows if row.reference_ms is not None)
         profiled = {f"{kind}-{seed}": build_meta(f"{kind}-{seed}") for kind, seed in PROBES}
         traces = {n: trace(m, [s]) for n, (m, s) in profiled.items()}
         for precision, networks in measured_networks(rows).items():
@@ -284,14 +275,13 @@ def evaluate(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 ops = trace(module, [shape])
                 kernels = kernels_of(ops, target.runtime, scheme)
                 estimate = model.estimate(module, precision, [shape])
-                # the reference network, timed in the same turns, tells how slow the host was
-                slow = record["measured"]["reference"]["quiet_ms"] / quiet
-                truth = record["measured"][f"{target.name} {precision}"]["quiet_ms"] / slow
+                measured = record["measured"][f"{target.name} {precision}"]
+                slower = measured["reference_ms"] / quietest
+                truth = measured["quiet_ms"] / slower
                 by_method = {"edgekd": estimate.p50_ms, **baselines.estimate(kernels, ops)}
                 found.append({
                     "network": name, "target": target.name, "precision": precision,
                     "measured_ms": truth,
-                    "steady": slow <= STEADY,
                     "inside": estimate.low_ms <= truth <= estimate.high_ms,
                     **{method: ms / truth for method, ms in by_method.items()},
                 })  # fmt: skip
@@ -329,7 +319,6 @@ def write_tables() -> None:
     """docs/latency_model.md."""
     records = [json.loads(kept(n).read_text()) for n in test_names() if kept(n).exists()]
     found = evaluate(records)
-    steady = [f["edgekd"] for f in found if f["steady"]]
     random = [r["network"] for r in records if "/" not in r["network"]]
     named_count = len(records) - len(random)
     lines = [
@@ -338,11 +327,9 @@ def write_tables() -> None:
         f"{named_count} of {len(NAMED)} named ones, on {records[0]['host']}, one thread, batch 1, "
         f"{records[0]['date']}, fitted to the 20 networks of the shipped profiles.",
         "",
-        "A figure is the mean error and the share within ±10 %. What is estimated is the tenth "
-        "percentile of the process' CPU time: the host ran other jobs now and then, and its "
-        "median is off by as much as the model. A network that is timed in the same turns each "
-        "time corrects for what the host did meanwhile; the last line of each block has those "
-        f"networks only whose reference was within {STEADY - 1:.0%} of its least.",
+        "A figure is the mean error and the share within ±10 %. What is estimated is what `edgekd "
+        "profile` calls quiet: the tenth percentile of the process' CPU time, corrected by a "
+        "reference network in the same turns for what others on the machine did meanwhile.",
         "",
         "| target | precision | networks | n | " + " | ".join(METHODS) + " | in its 90 % |",
         "|---|---|---|---|" + "---|" * (len(METHODS) + 1),
@@ -350,12 +337,8 @@ def write_tables() -> None:
     for target in TARGETS:
         for precision in ("fp32", "int8"):
             same = [f for f in found if (f["target"], f["precision"]) == (target, precision)]
-            for group in (*KINDS, "named", "all", "all, host steady"):
-                some = [
-                    f for f in same
-                    if kind_of(f["network"]) == group or group == "all"
-                    or (group.endswith("steady") and f["steady"])
-                ]  # fmt: skip
+            for group in (*KINDS, "named", "all"):
+                some = [f for f in same if group in (kind_of(f["network"]), "all")]
                 if some:
                     cells = [figures([f[method] for f in some]) for method in METHODS]
                     inside = np.mean([f["inside"] for f in some])
@@ -364,17 +347,16 @@ def write_tables() -> None:
                         + " | ".join(cells) + f" | {inside:.0%} |"
                     )  # fmt: skip
     lines += [
-        "", f"All together: {figures([f['edgekd'] for f in found])} (n = {len(found)}), host "
-        f"steady: {figures(steady)} (n = {len(steady)}); "
+        "", f"All together: {figures([f['edgekd'] for f in found])} (n = {len(found)}); "
         f"{throughput(random):.0f} random networks a second, from their class to milliseconds "
         "(CPU time, one core).", "", "## The furthest off", "",
-        "| network | target | precision | measured ms | estimate ÷ measured | host steady |",
-        "|---|---|---|---|---|---|",
+        "| network | target | precision | measured ms | estimate ÷ measured |",
+        "|---|---|---|---|---|",
     ]  # fmt: skip
     for f in sorted(found, key=lambda f: -abs(math.log(f["edgekd"])))[:15]:
         lines.append(
             f"| {f['network']} | {f['target']} | {f['precision']} | {f['measured_ms']:.3f} | "
-            f"{f['edgekd']:.2f} | {'yes' if f['steady'] else 'no'} |"
+            f"{f['edgekd']:.2f} |"
         )
     lines += ["", *NOTES.read_text().splitlines()] if NOTES.exists() else []
     write_atomically(ROOT / "docs" / "latency_model.md", "\n".join(lines) + "\n")

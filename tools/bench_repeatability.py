@@ -3,7 +3,8 @@
     python tools/bench_repeatability.py
 
 One file is measured again and again, each time in a process of its own, while another process
-keeps a core busy: the spread of the medians by CPU time, and beside it by the wall clock. Then the
+keeps a core busy: the spread of what `profile` calls quiet (a tenth percentile of CPU time at the
+pace of a reference network), of the medians by CPU time, and by the wall clock. Then the
 layers of two networks in two runtimes, without that process. Figures go to
 docs/bench/repeatability.json. About four minutes.
 """
@@ -27,6 +28,7 @@ from edgekd.devices.local import LocalDevice
 from edgekd.devices.measure import measure_on
 from edgekd.files import write_atomically
 from edgekd.latency.measuring import RawFile, host_name, today
+from edgekd.runtimes.on_device.measure import quiet
 
 RESULT = Path(__file__).parents[1] / "docs" / "bench" / "repeatability.json"
 TARGETS = ("host-onnxruntime", "intel-cpu")
@@ -34,8 +36,8 @@ NETWORKS = {"mobilenet_v2": models.mobilenet_v2, "resnet18": models.resnet18}
 SPINNING = "while True: pass"
 
 
-def medians(artifact: edgekd.Artifact, runs: int) -> dict[str, float]:
-    """The median of one measurement by either clock, in ms."""
+def medians(artifact: edgekd.Artifact, runs: int) -> dict[str, Any]:
+    """One measurement: quiet, and the medians by either clock, in ms."""
     raw = measure_on(
         LocalDevice(), {artifact.sha256: artifact.path},
         target=edgekd.Target.load(artifact.target), runs=runs, threads=1, layers=False,
@@ -45,6 +47,8 @@ def medians(artifact: edgekd.Artifact, runs: int) -> dict[str, float]:
     return {
         "cpu_p50_ms": float(torch.tensor(file.cpu_ms).median()),
         "wall_p50_ms": float(torch.tensor(file.wall_ms).median()),
+        "reference_ms": raw.conditions.reference_ms,
+        "quiet_ms": quiet(file.cpu_ms, file.copies),
         "runs": len(file.wall_ms),
     }
 
@@ -63,6 +67,7 @@ def repeatability(artifact: edgekd.Artifact, repeats: int, runs: int) -> dict[st
             busy.kill()
     return {
         "target": artifact.target, "n": repeats, "measurements": found,
+        "quiet_spread": spread([x["quiet_ms"] / x["reference_ms"] for x in found]),
         "cpu_spread": spread([x["cpu_p50_ms"] for x in found]),
         "wall_spread": spread([x["wall_p50_ms"] for x in found]),
     }  # fmt: skip

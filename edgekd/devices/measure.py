@@ -14,6 +14,7 @@ from edgekd.devices.base import Device
 from edgekd.devices.binaries import measure_by_binary
 from edgekd.devices.build import BUILD_SECONDS, SCRIPT, remote_folder
 from edgekd.errors import DeviceError, TargetError
+from edgekd.latency import pace
 from edgekd.latency.measuring import RawMeasurement
 from edgekd.reporting.progress import Progress
 from edgekd.runtimes import on_device
@@ -57,6 +58,7 @@ def measure_on(
         "target": target.name, "runtime": target.runtime, "device": target.device,
         "providers": target.providers, "files": files, "runs": runs, "seconds": LONGEST_SECONDS,
         "threads": threads, "layers": layers, "lock_clocks": lock_clocks,
+        "reference": pace.FILE if target.runtime in pace.RUNTIMES and threads == 1 else None,
     }  # fmt: skip
     if facts.python is None:
         with Progress(f"measuring on {facts.host}", None):
@@ -71,6 +73,8 @@ def _by_agent(link: Device, job: dict[str, Any], host: str) -> RawMeasurement:
     with tempfile.TemporaryDirectory() as staged:
         for script in ON_DEVICE:
             shutil.copy(Path(on_device.__path__[0]) / script, staged)
+        if job["reference"]:
+            pace.write_reference(Path(staged) / pace.FILE)
         (Path(staged) / given).write_text(text)
         link.push(Path(staged), AGENT)
         building = BUILD_SECONDS * len(job["files"]) if job["runtime"] == "tensorrt" else 0.0

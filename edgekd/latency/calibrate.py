@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from tempfile import TemporaryDirectory
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
 from edgekd.errors import TargetError
+from edgekd.latency import pace
 from edgekd.latency.kernels import timed_kernels
 from edgekd.latency.measuring import Measurement, host_name, today
 from edgekd.latency.model import LatencyModel, leave_one_out
@@ -22,7 +24,13 @@ from edgekd.latency.runtime_graph import READERS, RUNS, RuntimeNode, runtime_nod
 from edgekd.network import Network
 from edgekd.reporting.progress import Progress, console
 from edgekd.runtimes.base import Arrays, Session, fingerprint, get_runtime
-from edgekd.runtimes.on_device.measure import Watch, median_interval, time_in_turns
+from edgekd.runtimes.on_device.measure import (
+    COPIES,
+    Watch,
+    median_interval,
+    quiet,
+    time_in_turns,
+)
 from edgekd.stages.profile import profile_together
 from edgekd.stages.quantize import quantize
 from edgekd.target import Precision, Target, host_instruction_set
@@ -177,16 +185,11 @@ def measure_here(
     files: Mapping[str, Mapping[Precision, Path]], target: Target, threads: int
 ) -> list[ProfileRow]:
     """Rows of networks and of their kernels; the files of all are timed in turns."""
-    runtime = get_runtime(target.runtime)
-    calls = {
-        (name, precision): one_run(runtime.load(path, threads=threads))
-        for name, by in files.items()
-        for precision, path in by.items()
-    }
-    graphs = {key: _nodes(files, key, target, threads) for key in calls}
+    paths = {(n, precision): path for n, by in files.items() for precision, path in by.items()}
+    graphs = {key: _nodes(files, key, target, threads) for key in paths}
+    found = timed(paths, target.runtime, threads)
     rows: list[ProfileRow] = []
-    for (name, precision), samples in timed(calls, threads).items():
-        path = files[name][precision]
+    for (name, precision), path in paths.items():
         # what disturbed a layer before seldom does so again
         again = {n.name: n.p50_ms for n in _nodes(files, (name, precision), target, threads)}
         nodes = [
@@ -194,7 +197,7 @@ def measure_here(
             for node in graphs[name, precision]
         ]
         rows += rows_of(
-            name, precision, nodes, samples, target=target, threads=threads,
+            name, precision, nodes, found[name, precision], target=target, threads=threads,
             sha256=fingerprint(path)[0],
         )  # fmt: skip
     return rows
@@ -216,35 +219,53 @@ def one_run(session: Session) -> Callable[[], Arrays]:
     return lambda: session(inputs)
 
 
-def timed(calls: Mapping[Key, Callable[[], object]], threads: int) -> dict[Key, list[float]]:
-    """ms of each run, in turns; of one thread CPU time, else by the wall clock.
+class Timed(NamedTuple):
+    """ms of each run, what an undisturbed one takes, and the reference network in the same turns.
 
-    On a host that others use too, the median of CPU time is off by 2 to 10 %: whoever else ran
-    took the caches. Its tenth percentile repeats within 0.6 % there.
+    Of one thread CPU time, else by the wall clock.
     """
-    clock = "cpu_ms" if threads == 1 else "wall_ms"
+
+    samples: Sequence[float]
+    quiet_ms: float
+    reference_ms: float
+
+
+def timed(paths: Mapping[Key, Path], runtime: str, threads: int) -> dict[Key, Timed]:
+    """Files of one runtime, and the reference network, timed in turns; COPIES of each."""
+    load = get_runtime(runtime).load
+    with TemporaryDirectory() as folder:
+        reference = Path(folder) / pace.FILE
+        pace.write_reference(reference)
+        models = [
+            [one_run(load(path, threads=threads)) for _ in range(COPIES)]
+            for path in (*paths.values(), reference)
+        ]
     with Watch(in_process=True) as watch:
-        found = time_in_turns(list(calls.values()), MOST_RUNS, LONGEST_SECONDS, threads, watch)
-    return {key: each[clock] for key, each in zip(calls, found, strict=True)}
+        found = time_in_turns(models, MOST_RUNS, LONGEST_SECONDS, threads, watch)
+    samples = [each["cpu_ms" if threads == 1 else "wall_ms"] for each in found]
+    *quiets, slow = [quiet(each, COPIES) for each in samples]
+    return {
+        key: Timed(each, ms, slow) for key, each, ms in zip(paths, samples, quiets, strict=False)
+    }
 
 
 def rows_of(
     network: str,
     precision: Precision,
     nodes: Sequence[RuntimeNode],
-    samples: Sequence[float],
+    timed: Timed,
     *,
     target: Target,
     threads: int,
     sha256: str,
 ) -> list[ProfileRow]:
     """The rows of one measured file."""
-    p10, p50 = (float(p) for p in np.percentile(samples, [10, 50]))
-    low, high = median_interval(samples)
+    low, high = median_interval(timed.samples)
     conditions = "batch 1, in turns; kernels: the lesser of two profiled passes"
     common = ProfileRow(
-        kind="network", network=network, precision=precision, threads=threads, p50_ms=p50,
-        low_ms=low, high_ms=high, quiet_ms=p10, runs=len(samples),
+        kind="network", network=network, precision=precision, threads=threads,
+        p50_ms=float(np.median(timed.samples)), low_ms=low, high_ms=high, quiet_ms=timed.quiet_ms,
+        reference_ms=timed.reference_ms, runs=len(timed.samples),
         clock="cpu" if threads == 1 else "wall",
         runtime=target.runtime, runtime_version=get_runtime(target.runtime).version(),
         host=host_name(), instruction_set=host_instruction_set(), conditions=conditions,
@@ -255,7 +276,8 @@ def rows_of(
         rows.append(common.model_copy(update={
             "kind": "kernel", **kernel._asdict(), "macs": kernel.macs,
             "p50_ms": max(round(ms, 6), 1e-4),  # the clock may tell 0 µs
-            "low_ms": None, "high_ms": None, "quiet_ms": None, "runs": RUNS, "clock": "wall",
+            "low_ms": None, "high_ms": None, "quiet_ms": None, "reference_ms": None, "runs": RUNS,
+            "clock": "wall",
         }))  # fmt: skip
     return rows
 

@@ -49,7 +49,49 @@ class Kernel(NamedTuple):
             return 0
         return self.cin * self.cout * self.kernel**2 // self.groups
 
+    @property
+    def steps(self) -> float:
+        """How often a kernel starts anew, beside its arithmetic.
 
+        Of a convolution the taps that it gathers into rows, of pooling its taps; of a product with
+        one number a channel the rows, where the channels come last.
+        """
+        if self.op in CONVOLUTIONS:
+            return self.cin * self.height * self.width * self.kernel**2 * (self.kernel > 1)
+        if "Pool" in self.op and not self.op.startswith("Global"):
+            # OpenVINO does not tell the window; it is 3 × 3 nearly always
+            return self.writes * (self.kernel**2 if self.kernel > 1 else 9)
+        if not self.macs and self.writes < self.reads < 2 * self.writes:
+            return self.writes / (self.reads - self.writes)
+        return 0.0
+
+    @property
+    def inside(self) -> float:
+        """The share of a convolution's taps that lie in the map, with its edges padded alike."""
+        return _inside(self.height, self) * _inside(self.width, self)
+
+    @property
+    def padding(self) -> float:
+        """How many channels are computed for each that is wanted: vectors hold 16."""
+        return -(-self.cout // 16) * 16 / self.cout
+
+    @property
+    def activated(self) -> tuple[int, int]:
+        """Elements that pass a fused activation: one with an exponential, one of products only."""
+        fused = set(self.fused.split("+"))
+        return self.writes * bool(fused & EXPONENTIAL), self.writes * bool(fused & HARD)
+
+
+def _inside(side: int, kernel: Kernel) -> float:
+    if kernel.op not in CONVOLUTIONS or kernel.kernel == 1:
+        return 1.0
+    pad, size = kernel.kernel // 2, side * kernel.stride
+    firsts = [i * kernel.stride - pad for i in range(side)]
+    taps = sum(min(first + kernel.kernel, size) - max(first, 0) for first in firsts)
+    return taps / (side * kernel.kernel)
+
+
+EXPONENTIAL, HARD = {"exp", "sigmoid", "tanh"}, {"hardswish", "hardsigmoid"}
 CONVOLUTIONS = {"Conv", "Conv.nchwc", "FusedConv", "QLinearConv", "Convolution", "ConvTranspose"}
 MATRIX = CONVOLUTIONS | {
     "Gemm", "FusedGemm", "QGemm", "MatMul", "FusedMatMul", "FullyConnected", "QLinearMatMul",
@@ -58,6 +100,8 @@ MATRIX = CONVOLUTIONS | {
 # OpenVINO's that do no work, or that on a handful of numbers
 FREE = {"Const", "Input", "Output", "Reshape", "ShapeOf", "Broadcast", "Range", "Gather"}
 SLOW_NAMES = re.compile("silu|gelu|sigmoid|swish|tanh|mish", re.IGNORECASE)
+# what the exporter calls the HardSwish that it makes of torch's
+HARDSWISH = re.compile(r"(^|,)n\d+(_\d+)?(,|$)")
 SHORT = {"com.microsoft.nchwc": ".nchwc", "com.microsoft": "", "": ""}
 
 
@@ -123,17 +167,23 @@ def of_onnxruntime(node: RuntimeNode) -> Kernel:
 
 
 TURN = "Transpose.map"
+EXP = "Eltwise.exp"  # a GELU, a SiLU, ...
 
 
-def moves_channels(before: Dims, after: Dims) -> bool:
-    """Whether a transposition takes a map's channels to its end or back, or shuffles them.
+VECTOR = 64  # bytes
 
-    It reads or writes far apart, and is ten times slower than one that moves whole rows.
+
+def moves_elements(before: Dims, after: Dims, size: int) -> bool:
+    """Whether a transposition moves elements of `size` bytes one by one.
+
+    It moves the last axis, or rows shorter than a vector, or it shuffles channels; it is ten times
+    slower than one that moves whole rows.
     """
-    if len(before) == 5:
-        return after == (before[0], before[2], before[1], *before[3:])
     n, *rest = before
-    return len(rest) == 3 and after in ((n, *rest[1:], rest[0]), (n, rest[2], *rest[:2]))
+    moved = before[-1] != after[-1] or len(before) == 3 or before[-1] * size < VECTOR
+    if len(before) == 4:
+        return moved or after in ((n, *rest[1:], rest[0]), (n, rest[2], *rest[:2]))
+    return moved or (len(before) == 5 and after == (n, rest[1], rest[0], *rest[2:]))
 
 
 def of_openvino(node: RuntimeNode) -> Kernel:
@@ -141,8 +191,9 @@ def of_openvino(node: RuntimeNode) -> Kernel:
     op = node.operator
     out = node.outputs[0]
     channels, height, width = by_place(out)
-    slow = SLOW_NAMES.search(node.attributes.get("originalLayersNames", "").replace("hard", ""))
-    exp = "exp" if slow else ""
+    names = node.attributes.get("originalLayersNames", "").replace("hard", "")
+    slow = SLOW_NAMES.search(names)
+    act = "exp" if slow else "hardswish" if HARDSWISH.search(names) else ""
     if op == "Convolution":
         weight = node.inputs[1]
         groups = weight[0] if len(weight) == 5 else 1
@@ -150,17 +201,20 @@ def of_openvino(node: RuntimeNode) -> Kernel:
         stride = max(1, round(node.inputs[0][2] / out[2])) if len(out) == 4 else 1
         adds = len([i for i in node.inputs[2:] if i == out]) > 0
         reads = math.prod(node.inputs[0]) + adds * math.prod(out)
-        fused = "+".join(filter(None, ["add" * adds, exp]))
+        fused = "+".join(filter(None, ["add" * adds, act]))
         return Kernel(op, cin, channels, weight[-1], stride, groups, height, width, fused, reads,
                       math.prod(out))  # fmt: skip
-    if op == "Transpose" and moves_channels(node.inputs[0], out):
+    size = 1 if node.types[0] in ("u8", "i8") else 4
+    if op == "Transpose" and moves_elements(node.inputs[0], out, size):
         op = TURN
-    if op == "Eltwise" and node.inputs[-1] == (*out[:-1], 1) != out and math.prod(out[:-1]) > 1:
+    if op == "Eltwise" and slow:
+        op = EXP
+    elif op == "Eltwise" and node.inputs[-1] == (*out[:-1], 1) != out and math.prod(out[:-1]) > 1:
         op = "Eltwise.rows"
     reads = sum(math.prod(i) for i in node.inputs if len(i) > 1)
     writes = sum(map(math.prod, node.outputs))
     if op == "FullyConnected":
-        return Kernel(op, node.inputs[0][-1], out[-1], height=math.prod(out[:-1]), fused=exp,
+        return Kernel(op, node.inputs[0][-1], out[-1], height=math.prod(out[:-1]), fused=act,
                       reads=math.prod(node.inputs[0]), writes=writes)  # fmt: skip
     if op == "Subgraph" and len(node.inputs) == 3:  # attention
         _, heads, rows, depth = node.inputs[0]

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from edgekd.errors import StateError, describe_invalid
 from edgekd.latency import layers
 from edgekd.latency.layers import LayerTime
-from edgekd.runtimes.on_device.measure import median_interval
+from edgekd.runtimes.on_device.measure import median_interval, quiet
 from edgekd.target import Precision, host_instruction_set
 
 Clock = Literal["wall", "cpu"]
@@ -43,6 +43,7 @@ class Conditions(_Frozen):
         clocks_locked: whether `jetson_clocks` held them for the measurement.
         load_average: of the last minute before it.
         rails: those that the energy was read from.
+        reference_ms: what the reference network took in the same turns, see `pace.py`.
     """
 
     cpu_mhz_before: float | None = None
@@ -56,6 +57,7 @@ class Conditions(_Frozen):
     clocks_locked: bool = False
     load_average: float | None = None
     rails: tuple[str, ...] = ()
+    reference_ms: float | None = None
 
     @property
     def throttled(self) -> bool:
@@ -90,6 +92,9 @@ class Measurement(_Frozen):
             the runtime does not tell.
         rest_ms, rest: p50_ms less the sum over the layers, and what it is.
         profiled_p50_ms: the median run while the layers were timed, by the same clock.
+        quiet_ms: what it takes on this host when nobody else disturbs it: `quiet` of its runs,
+            divided by how much longer a reference network took in the same turns than ever before
+            (`pace.py`). None where the runtime or several threads have none.
         trust: "drift" where the last third of the runs differs from the first by more than noise,
             "throttled" where the clocks fell or the device got hotter as well.
         repeats: measurements before this one that were not steady.
@@ -125,6 +130,7 @@ class Measurement(_Frozen):
     rest_ms: float | None = None
     rest: str = ""
     profiled_p50_ms: float | None = None
+    quiet_ms: float | None = None
     trust: Trust | None = None
     repeats: int = 0
     warm_up_steady: bool = True
@@ -144,13 +150,17 @@ class Profiled(_Frozen):
 
 
 class RawFile(_Frozen):
-    """The timed runs of one file, in their order; `compute_ms` without the copies to a GPU."""
+    """The timed runs of one file, in their order; `compute_ms` without the copies to a GPU.
+
+    `copies` of it were loaded, and took turns.
+    """
 
     file: str
     sha256: str
     size_bytes: int
     warm_up_runs: int
     warm_up_steady: bool = True
+    copies: int = 1
     wall_ms: Annotated[tuple[float, ...], Field(min_length=1)]
     cpu_ms: tuple[float, ...] = ()
     compute_ms: tuple[float, ...] = ()
@@ -204,12 +214,15 @@ class RawMeasurement(_Frozen):
             said = describe_invalid(error, RawMeasurement)
             raise StateError(f"{path} is not what measure.py writes: {said}") from None
 
-    def measurements(self, *, device: str, repeats: int = 0) -> list[Measurement]:
+    def measurements(
+        self, *, device: str, repeats: int = 0, pace: float | None = None
+    ) -> list[Measurement]:
         """One for each file.
 
         Args:
             device: the address it was measured at; "local" is this machine.
             repeats: measurements before this one that were not steady.
+            pace: see `pace.py`.
         """
         here, arm = device == "local", self.machine.machine in ("aarch64", "arm64")
         there = self.machine.model or self.machine.node
@@ -230,6 +243,7 @@ class RawMeasurement(_Frozen):
                 else "neon" if arm else self.machine.machine,
                 compared=tuple(other.sha256 for other in self.files),
                 origin="host" if here else "device", device=device, repeats=repeats,
+                quiet_ms=None if pace is None else quiet(file.cpu_ms, file.copies) / pace,
             )
             for file in self.files
         ]  # fmt: skip

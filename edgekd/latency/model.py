@@ -36,11 +36,13 @@ Array = NDArray[np.float64]
 LEAST_MS = 1e-4
 LEAST_NETWORKS = 5
 # how far apart two kernels may be, in each of `_features`, to still tell of each other
-LENGTHS = np.array([2.2, 2.2, 2.2, 1.5, 3.0, 2.2, 4.5, 3.0, 4.5, 1.5])
+LENGTHS = np.array([2.2, 2.2, 2.2, 1.5, 3.0, 2.2, 4.5, 3.0, 1.5, 1.5, 1.0, 3.0, 16.0])
 SPREAD, NOISE = 0.3, 0.005  # variances of the logarithm
+CLOCK = 0.0015  # ms that the time of a kernel may be off by, as clocks tell whole microseconds
+CACHE = 65536  # elements, about what the nearest caches hold
 FOLDS = 5
 # what timing a kernel, and what running a network at all may cost
-CLOCK_MS, ONCE_MS = np.arange(0, 0.006, 0.00025), np.arange(0, 0.2, 0.01)
+CLOCK_MS, ONCE_MS = np.arange(-0.006, 0.006, 0.00025), np.arange(0, 0.2, 0.01)
 # how firmly a network's calibration holds to its kernels' times, to no rest for each kernel, and to
 # the rest of each network
 RIDGE, HELD, HELD_ONCE = 0.2, 200.0, 5.0
@@ -195,12 +197,15 @@ class LatencyModel:
             return {}
         floats, integers = self.fits[precision], self.fits["int8"]
         costs: dict[str, float] = {}
-        for op in traced(net):
+        ops = traced(net)
+        weights = _weights(kernels_of(ops, runtime, scheme))
+        for op in ops:
             if op.layer and op.kind in ("convolution", "linear"):
                 alone = _alone(op)
-                ms = floats.kernels_ms(_without_ends(kernels_of(alone, runtime, None)))
+                ms = floats.kernels_ms(_without_ends(kernels_of(alone, runtime, None)), weights)
                 for kernel in _without_ends(kernels_of(alone, runtime, scheme)):
-                    ms += math.copysign(integers.kernels_ms([kernel]), -1 if kernel.macs else 1)
+                    took = integers.kernels_ms([kernel], weights)
+                    ms += math.copysign(took, -1 if kernel.macs else 1)
                 costs[op.layer] = costs.get(op.layer, 0.0) + max(ms, 0.0)
         return costs
 
@@ -277,20 +282,29 @@ def _family(kernel: Kernel) -> str:
     return kernel.op
 
 
-def _features(kernel: Kernel) -> list[float]:
+def _weights(kernels: Iterable[Kernel]) -> float:
+    """Of a network, how many: whether they stay in the caches from run to run."""
+    return math.log2(1 + sum(k.weights for k in kernels) / CACHE)
+
+
+def _features(kernel: Kernel, weights: float) -> list[float]:
     """What the efficiency of a matrix kernel depends on: logarithms of sizes, and kinds."""
     inner = kernel.cin // kernel.groups if kernel.op in CONVOLUTIONS else kernel.cin
+    moved = kernel.reads + kernel.writes + kernel.weights
     return [
         math.log2(inner), math.log2(kernel.cout), math.log2(kernel.height * kernel.width),
         math.log2(kernel.kernel), float(kernel.stride > 1), math.log2(kernel.groups),
-        float("add" in kernel.fused), float("exp" in kernel.fused or "swish" in kernel.fused),
-        float(kernel.cout % 16 != 0), float(kernel.op in ("Conv", "FusedConv", "Gemm")),
+        float("add" in kernel.fused), float(any(kernel.activated)),
+        float(kernel.op in ("Conv", "FusedConv", "Gemm")), math.log2(kernel.inside),
+        math.log2(kernel.padding), math.log2(1 + moved / CACHE), weights,
     ]  # fmt: skip
 
 
 def _physical(kernel: Kernel) -> list[float]:
     """What a kernel's time is made of, without any efficiency."""
-    return [1.0, kernel.macs, kernel.reads + kernel.writes + kernel.weights]
+    moved = kernel.reads + kernel.writes + kernel.weights
+    macs = kernel.macs * kernel.inside * kernel.padding
+    return [1.0, macs, moved, kernel.steps, *kernel.activated]
 
 
 @dataclass(frozen=True)
@@ -300,32 +314,32 @@ class _Kernels:
     shares: Array
     shift: float = 0.0
     seen: Array | None = None  # features of what was measured, in LENGTHS
-    weights: Array | None = None  # of each in the mean of the process
+    alpha: Array | None = None  # of each in the mean of the process
 
     @staticmethod
-    def fit(kernels: Sequence[Kernel], times: Array) -> _Kernels:
+    def fit(kernels: Sequence[Kernel], weights: Sequence[float], times: Array) -> _Kernels:
         times = np.maximum(times, LEAST_MS)
         parts = np.array([_physical(k) for k in kernels])
-        weights = 1 / (times + 0.001)  # below a microsecond the profile's clock is blind
-        shares = nnls(parts * weights[:, None], times * weights)[0]
+        trusted = 1 / (times + 0.001)  # below a microsecond the profile's clock is blind
+        shares = nnls(parts * trusted[:, None], times * trusted)[0]
         if not kernels[0].macs or len(kernels) < 8:
             return _Kernels(shares)
         from sklearn.gaussian_process import GaussianProcessRegressor
-        from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
+        from sklearn.gaussian_process.kernels import RBF, ConstantKernel
 
         rest = np.log(times / np.maximum(parts @ shares, LEAST_MS))
-        near = ConstantKernel(SPREAD) * RBF(LENGTHS) + WhiteKernel(NOISE)
-        process = GaussianProcessRegressor(near, optimizer=None)
-        seen = np.array([_features(k) for k in kernels])
+        near, noise = ConstantKernel(SPREAD) * RBF(LENGTHS), NOISE + (CLOCK / times) ** 2
+        process = GaussianProcessRegressor(near, alpha=noise, optimizer=None)
+        seen = np.array([_features(k, w) for k, w in zip(kernels, weights, strict=True)])
         process.fit(seen, rest - rest.mean())
         return _Kernels(shares, float(rest.mean()), seen / LENGTHS, process.alpha_)
 
-    def predict(self, kernels: Sequence[Kernel]) -> Array:
+    def predict(self, kernels: Sequence[Kernel], weights: float) -> Array:
         found = np.maximum(np.array([_physical(k) for k in kernels]) @ self.shares, LEAST_MS)
         if self.seen is not None:
-            here = np.array([_features(k) for k in kernels]) / LENGTHS
+            here = np.array([_features(k, weights) for k in kernels]) / LENGTHS
             apart = ((here[:, None] - self.seen[None]) ** 2).sum(axis=2)
-            learnt = SPREAD * np.exp(-apart / 2) @ self.weights  # Rasmussen 2006 eq. 2.25
+            learnt = SPREAD * np.exp(-apart / 2) @ self.alpha  # Rasmussen 2006 eq. 2.25
             found = found * np.exp(self.shift + learnt)
         return np.asarray(found)
 
@@ -378,22 +392,25 @@ class _Fit:
             method="model", basis=self.basis,
         )  # fmt: skip
 
-    def kernels_ms(self, kernels: Sequence[Kernel]) -> float:
-        """Of these kernels in a network, without what a run costs besides."""
-        return float(_shares(self.families, kernels)[:-1] @ self.shares[:-1])
+    def kernels_ms(self, kernels: Sequence[Kernel], weights: float) -> float:
+        """Of these kernels in a network of so many `_weights`, without what a run costs besides."""
+        return float(_shares(self.families, kernels, weights)[:-1] @ self.shares[:-1])
 
 
 def _fit(networks: Sequence[MeasuredNetwork]) -> tuple[dict[str, _Kernels], Array]:
-    by_family: dict[str, dict[Kernel, list[float]]] = {}
+    by_family: dict[str, dict[tuple[Kernel, float], list[float]]] = {"other": {}}
     for net in networks:
+        weights = _weights(net.kernels)
         for kernel, ms in zip(net.kernels, net.times, strict=True):
-            by_family.setdefault(_family(kernel), {}).setdefault(kernel, []).append(float(ms))
+            for name in {_family(kernel), _family(kernel) if kernel.macs else "other"}:
+                seen = by_family.setdefault(name, {})
+                seen.setdefault((kernel, weights), []).append(float(ms))
     families = {
-        name: _Kernels.fit(list(seen), np.array([np.median(t) for t in seen.values()]))
+        name: _Kernels.fit(
+            *zip(*seen, strict=True), np.array([np.median(t) for t in seen.values()])
+        )
         for name, seen in by_family.items()
     }
-    light = {k: t for seen in by_family.values() for k, t in seen.items() if not k.macs}
-    families["other"] = _Kernels.fit(list(light), np.array([np.median(t) for t in light.values()]))
     rows = np.array([_shares(families, n.kernels) for n in networks])
     rows /= np.array([[n.total_ms] for n in networks])
     # ridge towards the kernels' own times: 20 networks tell little of five factors
@@ -403,8 +420,12 @@ def _fit(networks: Sequence[MeasuredNetwork]) -> tuple[dict[str, _Kernels], Arra
     return families, shares
 
 
-def _shares(families: dict[str, _Kernels], kernels: Sequence[Kernel]) -> Array:
+def _shares(
+    families: dict[str, _Kernels], kernels: Sequence[Kernel], weights: float | None = None
+) -> Array:
     """ms in each of GROUPS, the number of kernels, and of networks."""
+    if weights is None:
+        weights = _weights(kernels)
     found = np.zeros(len(GROUPS) + 2)
     by_family: dict[str, list[Kernel]] = {}
     for kernel in kernels:
@@ -416,7 +437,7 @@ def _shares(families: dict[str, _Kernels], kernels: Sequence[Kernel]) -> Array:
         else:
             group = GROUPS.index("other")
         near = families.get(name) or families.get(GROUPS[group]) or families["other"]
-        found[group] += near.predict(same).sum()
+        found[group] += near.predict(same, weights).sum()
     found[-2:] = len(kernels), 1.0
     return found
 
@@ -485,6 +506,10 @@ def measured_networks(rows: Sequence[ProfileRow]) -> dict[Precision, list[Measur
     A network that was measured again there counts by its last rows.
     """
     found: dict[Precision, list[MeasuredNetwork]] = {}
+    least: dict[str, float] = {}  # of each host: the reference network's time when it was quietest
+    for row in rows:
+        if row.reference_ms is not None:
+            least[row.host] = min(row.reference_ms, least.get(row.host, math.inf))
     for precision in dict.fromkeys(row.precision for row in rows):
         by_host: dict[str, dict[str, tuple[ProfileRow, list[ProfileRow]]]] = {}
         for row in (r for r in rows if r.precision == precision):
@@ -494,18 +519,21 @@ def measured_networks(rows: Sequence[ProfileRow]) -> dict[Precision, list[Measur
                 networks[row.network] = row, []
             elif row.network in networks:
                 networks[row.network][1].append(row)
-        for networks in reversed(by_host.values()):
-            timed = [_network(*measured) for measured in networks.values() if measured[1]]
+        for host, networks in reversed(by_host.items()):
+            timed = [_network(*m, least.get(host)) for m in networks.values() if m[1]]
             if len(timed) >= LEAST_NETWORKS:
                 found[precision] = timed
                 break
     return found
 
 
-def _network(whole: ProfileRow, kernels: Sequence[ProfileRow]) -> MeasuredNetwork:
+def _network(
+    whole: ProfileRow, kernels: Sequence[ProfileRow], least: float | None
+) -> MeasuredNetwork:
+    slower = whole.reference_ms / least if whole.reference_ms and least else 1.0
     return MeasuredNetwork(
         whole.network, [_kernel(k) for k in kernels], np.array([k.p50_ms for k in kernels]),
-        whole.quiet_ms or whole.p50_ms,
+        (whole.quiet_ms or whole.p50_ms) / slower,
         f"{whole.host}, {whole.runtime} {whole.runtime_version}, {whole.date}",
     )  # fmt: skip
 

@@ -21,7 +21,7 @@ from edgekd.latency.exported import (
     is_spatial_mean,
     plain_kernel,
 )
-from edgekd.latency.kernels import TURN, Kernel, moves_channels, of_tensor
+from edgekd.latency.kernels import EXP, TURN, Kernel, moves_elements, of_tensor
 from edgekd.latency.tracing import Op
 from edgekd.target import QuantScheme
 
@@ -136,8 +136,9 @@ def _ov_convolution(op: Op, chains: _Chains) -> None:
 
 def _ov_activation(op: Op, chains: _Chains) -> None:
     source, kind = op.inputs[0], activation(op)
-    if not chains.take(source, op, "exp" if kind in SLOW else ""):
-        chains.tensor(op, "Eltwise", op.size)
+    taken = "exp" if kind in SLOW else "hardswish" if kind == "hardswish" else ""
+    if not chains.take(source, op, taken):
+        chains.tensor(op, EXP if kind in SLOW else "Eltwise", op.size)
 
 
 def _ov_binary(op: Op, chains: _Chains) -> None:
@@ -192,7 +193,8 @@ def _ov_permute(op: Op, chains: _Chains) -> None:
         attends = source.kind == "matmul" and source.inputs[0].kind == "softmax"
         if not (attends and chains.place is not None):
             return  # inside the attention
-    name = TURN if moves_channels(source.shape, op.shape) else "Transpose"
+    size = 1 if chains.integer(op) else 4
+    name = TURN if moves_elements(source.shape, op.shape, size) else "Transpose"
     chains.tensor(op, name, op.size)
     if axes == TO_FIRST:
         chains.rows.add(id(op))

@@ -6,6 +6,7 @@ random; they set no latency.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from typing import Literal, get_args
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-ProbeKind = Literal["dense", "depthwise", "transformer"]
+ProbeKind = Literal["dense", "depthwise", "transformer", "mixed"]
 Shape = tuple[int, ...]
 
 RESOLUTIONS = (64, 80, 96, 112, 128, 160, 192, 224)
@@ -30,7 +31,8 @@ def probe(kind: ProbeKind, seed: int) -> tuple[nn.Module, Shape]:
         3
     """
     draw = random.Random(f"{kind} {seed}")
-    return {"dense": _dense, "depthwise": _depthwise, "transformer": _transformer}[kind](draw)
+    made = {"dense": _dense, "depthwise": _depthwise, "transformer": _transformer, "mixed": _mixed}
+    return made[kind](draw)
 
 
 def is_probe(name: str) -> bool:
@@ -83,6 +85,22 @@ class Shuffled(nn.Module):
         joined = torch.cat([left, self.branch(right)], 1)
         n, c, h, w = joined.shape
         return joined.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+
+
+class Ghost(nn.Module):
+    """Some channels, and as many more that a cheap depthwise convolution makes of them.
+
+    GhostNet's module: Han et al. 2019, arXiv:1911.11907, §3.1.
+    """
+
+    def __init__(self, primary: nn.Module, cheap: nn.Module) -> None:
+        super().__init__()
+        self.primary, self.cheap = primary, cheap
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, 2 C', H, W)."""
+        made = self.primary(x)
+        return torch.cat([made, self.cheap(made)], 1)
 
 
 class SqueezeExcite(nn.Module):
@@ -295,6 +313,82 @@ def _depthwise(draw: random.Random) -> tuple[nn.Module, Shape]:
 
     width = 8 * draw.randint(1, 5)
     return _staged(draw, act, block, width=width, growth=(1.2, 1.9), depth=(1, 4))
+
+
+MOST_MACS, WIDEST = 12e6, 768  # of a layer of a mixed network
+
+
+def _mixed(draw: random.Random) -> tuple[nn.Module, Shape]:
+    """Blocks of all kinds, in any order and of any width: layers that do not follow from others.
+
+    A network as people build them tells of few shapes, each several times; this one spans them.
+    """
+    acts = (nn.ReLU, nn.ReLU, nn.ReLU6, nn.Hardswish, nn.SiLU, nn.Identity)
+    size, channels = draw.choice(RESOLUTIONS), 8 * draw.randint(1, 8)
+    layers, shrunk = _stem(draw, channels, nn.ReLU())
+    for _ in range(draw.randint(16, 22)):
+        stride = 2 if size // shrunk > 4 and draw.random() < 0.25 else 1
+        shrunk *= stride
+        block, channels = _varied(draw, channels, (size // shrunk) ** 2, stride, draw.choice(acts))
+        layers.append(block)
+    return nn.Sequential(*layers, *_head(draw, channels, nn.ReLU())), (3, size, size)
+
+
+def _varied(
+    draw: random.Random, cin: int, area: int, stride: int, act: Callable[[], nn.Module]
+) -> tuple[nn.Module, int]:
+    """A block, and how many channels it gives of `area` pixels."""
+
+    def width(macs: float) -> int:
+        """Of a layer that takes so many multiply-accumulates for each pixel and channel."""
+        most = min(max(MOST_MACS / (macs * area), 16), WIDEST)
+        return _eight(math.exp(draw.uniform(math.log(8), math.log(most))))
+
+    kinds = ["plain"] * 4 + ["depthwise", "grouped", "inverted"] * 2 + ["ghost", "joined", "basic"]
+    kind, k = draw.choice(kinds), draw.choice((3, 3, 3, 5, 7))
+    if kind == "plain":
+        k = draw.choice((1, 1, 3, 3, 5))
+        cout = width(cin * k * k)
+        return _conv(cin, cout, k, act(), stride), cout
+    if kind == "depthwise":
+        cout = width(cin)
+        shape = (_conv(cin, cin, k, act(), stride, cin), _conv(cin, cout, 1, act()))
+        return nn.Sequential(*shape), cout
+    if kind == "grouped":
+        each = draw.choice((4, 8, 16, 24, 32))
+        groups = max(2, round(width(max(cin, 9 * each)) / each))
+        inner, cout = groups * each, width(groups * each)
+        return nn.Sequential(
+            _conv(cin, inner, 1, act()), _conv(inner, inner, 3, act(), stride, groups),
+            _conv(inner, cout, 1, act()),
+        ), cout  # fmt: skip
+    if kind == "inverted":
+        wide = width(cin)
+        layers: list[nn.Module] = [
+            _conv(cin, wide, 1, act()), _conv(wide, wide, k, act(), stride, wide),
+        ]  # fmt: skip
+        if draw.random() < 0.5:
+            gate = draw.choice((nn.Hardsigmoid, nn.Sigmoid))()
+            layers.append(SqueezeExcite(wide, _eight(wide / 4), nn.ReLU(), gate))
+        if stride == 1 and draw.random() < 0.5:
+            return Residual(nn.Sequential(*layers, _conv(wide, cin, 1, None)), nn.Identity(),
+                            nn.Identity()), cin  # fmt: skip
+        cout = width(wide)
+        return nn.Sequential(*layers, _conv(wide, cout, 1, None)), cout
+    half = width(cin)
+    if kind == "ghost":
+        return Ghost(_conv(cin, half, 1, act(), stride), _conv(half, half, 3, act(), 1, half)), (
+            2 * half
+        )
+    if kind == "joined":
+        other = width(cin)
+        return Joined([
+            _conv(cin, half, 1, act(), stride),
+            nn.Sequential(nn.AvgPool2d(3, stride, 1), _conv(cin, other, 1, act())),
+        ]), half + other  # fmt: skip
+    cout = width(9 * cin)
+    branch = nn.Sequential(_conv(cin, cout, 3, act(), stride), _conv(cout, cout, 3, None))
+    return Residual(branch, _shortcut(cin, cout, stride), act()), cout
 
 
 def _transformer(draw: random.Random) -> tuple[nn.Module, Shape]:

@@ -34,8 +34,8 @@ class ProfileRow(BaseModel):
             kernel, see `Kernel`.
         p50_ms, low_ms, high_ms: the median and its 95 % interval. Of a kernel: its mean over the
             network's quickest runs, without an interval.
-        quiet_ms: of a network, the tenth percentile, by `clock`: about the median of a host with
-            nothing else to do.
+        quiet_ms, reference_ms: of a network, and of the reference network in the same turns, what
+            a run takes that others hardly disturb, by `clock`; see `pace.py`.
         runs: timed.
         clock: see `Measurement`.
         host: the machine.
@@ -66,6 +66,7 @@ class ProfileRow(BaseModel):
     low_ms: Milliseconds | None = None
     high_ms: Milliseconds | None = None
     quiet_ms: Milliseconds | None = None
+    reference_ms: Milliseconds | None = None
     runs: Positive
     clock: Literal["wall", "cpu"]
     runtime: str
@@ -82,11 +83,15 @@ class ProfileRow(BaseModel):
 COLUMNS = tuple(ProfileRow.model_fields)
 
 
+def own_folder() -> Path:
+    """Where this user's own are: `$EDGEKD_HOME`, or `~/.edgekd`."""
+    return Path(os.environ.get("EDGEKD_HOME") or "~/.edgekd").expanduser()
+
+
 def own_file(target: str | Target) -> Path:
     """Where this user's rows of a target are."""
     name = target if isinstance(target, str) else target.name
-    home = os.environ.get("EDGEKD_HOME") or "~/.edgekd"
-    return Path(home).expanduser() / "profiles" / f"{name}.csv"
+    return own_folder() / "profiles" / f"{name}.csv"
 
 
 def read_profile(target: str | Target) -> list[ProfileRow]:

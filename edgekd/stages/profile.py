@@ -9,6 +9,7 @@ from edgekd.devices.base import Device, get_device
 from edgekd.devices.measure import measure_on
 from edgekd.errors import TargetError
 from edgekd.latency.measuring import Measurement, host_name
+from edgekd.latency.pace import slower_than_quiet
 from edgekd.reporting.progress import console
 from edgekd.runtimes.base import Artifact, fingerprint, get_runtime
 from edgekd.target import Target
@@ -77,7 +78,11 @@ def profile_together(
             link, dict(zip(hashes, paths, strict=True)), target=target, runs=runs,
             threads=threads, layers=layers, lock_clocks=lock_clocks,
         )  # fmt: skip
-        found = {m.sha256: m for m in raw.measurements(device=link.address, repeats=repeats)}
+        now = raw.conditions.reference_ms
+        where = host_name() if link.address == "local" else link.address
+        pace = now and slower_than_quiet(now, f"{raw.runtime} {raw.runtime_version}", where)
+        measured = raw.measurements(device=link.address, repeats=repeats, pace=pace)
+        found = {m.sha256: m for m in measured}
         if all(m.trust == "steady" for m in found.values()):
             break
         if repeats < REPEATS:

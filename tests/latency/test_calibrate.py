@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from edgekd.errors import TargetError
@@ -56,10 +58,18 @@ def test_what_cannot_be_measured_is_said_first(home):
         calibrate("host-onnxruntime", related="raspberry-pi-5")
 
 
-def test_networks_are_timed_in_turns():
+def test_networks_are_timed_in_turns_with_the_reference(tmp_path, monkeypatch):
     order: list[str] = []
-    calls = {name: lambda name=name: order.append(name) for name in ("a", "b")}
-    samples = timed(calls, 2)
-    assert len(samples["a"]) == len(samples["b"]) == module.MOST_RUNS
-    late = "".join(order[-2 * (TURN_RUNS + 1) :])
-    assert late == "a" * (TURN_RUNS + 1) + "b" * (TURN_RUNS + 1)
+
+    class Runtime:
+        @staticmethod
+        def load(path: Path, *, threads: int) -> str:
+            assert threads == 2
+            return path.stem
+
+    monkeypatch.setattr(module, "get_runtime", lambda name: Runtime)
+    monkeypatch.setattr(module, "one_run", lambda name: lambda: order.append(name))
+    found = timed({name: tmp_path / f"{name}.onnx" for name in ("a", "b")}, "onnxruntime", 2)
+    assert len(found["a"].samples) == len(found["b"].samples) == module.MOST_RUNS
+    each = TURN_RUNS + 1
+    assert order[-3 * each :] == ["a"] * each + ["b"] * each + ["reference"] * each

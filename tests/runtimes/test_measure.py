@@ -76,7 +76,7 @@ class NoWatch:
 
 
 def timed(calls: list[Callable[[], object]], runs: int, threads: int = 1) -> list[dict[str, Any]]:
-    return measure.time_in_turns(calls, runs, 20.0, threads, NoWatch())
+    return measure.time_in_turns([[call] for call in calls], runs, 20.0, threads, NoWatch())
 
 
 def test_candidates_run_in_turns(monkeypatch: pytest.MonkeyPatch):
@@ -100,7 +100,7 @@ def test_every_timed_run_is_kept(clocks: Clocks):
         cost = next(queue)
         clocks.spend(cost, cost / 2)
 
-    (found,) = measure.time_in_turns([call], 90, 1e9, 1, NoWatch())
+    (found,) = measure.time_in_turns([[call]], 90, 1e9, 1, NoWatch())
     assert found["wall_ms"] == pytest.approx(costs)
     assert found["cpu_ms"] == pytest.approx([c / 2 for c in costs])
     assert (found["warm_up_runs"], found["warm_up_steady"]) == (warm, True)

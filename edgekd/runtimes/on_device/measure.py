@@ -39,6 +39,7 @@ WINDOW_RUNS, WINDOW_SECONDS = 10, 0.5  # of the warm-up, whose medians are compa
 WARM_UP_SECONDS, LONGEST_WARM_UP = 0.3, 5.0
 STEADY = 0.02  # medians of two windows in a row that agree within this end the warm-up
 TURN_RUNS = 5
+COPIES = 5  # of a model, each loaded anew: where its memory lies changes what a run takes by 2 %
 LEAST_RUNS, RUNS_TO_SETTLE = 20, 200  # before the time, and before the interval, may end the runs
 WANTED = 0.01  # half-width of the median's 95 % interval, as a share of the median
 BUSY = 1.05  # wall / CPU time above which the host counts as busy
@@ -57,6 +58,17 @@ def median(samples):
     ordered = sorted(samples)
     half = len(ordered) // 2
     return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
+
+
+def quiet(samples, copies=1):
+    """The tenth percentile: what a run takes that others on the machine hardly disturb.
+
+    The mean over the copies that took turns, see `time_in_turns`.
+    """
+    of = [[] for _ in range(copies)]
+    for index, ms in enumerate(samples):
+        of[index // TURN_RUNS % copies].append(ms)
+    return sum(sorted(each)[len(each) // 10] for each in of if each) / sum(map(bool, of))
 
 
 def median_interval(samples):
@@ -120,14 +132,15 @@ def warm_up(call, threads):
         last = middle
 
 
-def time_in_turns(calls, runs, seconds, threads, watch):
-    """Time each call in turns, after its warm-up: a list of dicts, one a call.
+def time_in_turns(models, runs, seconds, threads, watch):
+    """Time models in turns, after their warm-up: a list of dicts, one a model.
 
+    Each is a list of calls: its copies, one of which runs in a turn, the next in the next turn.
     The turns end after `runs` timed runs of each; before, when every median is known well enough,
     or `seconds` have passed for all together.
     """
-    warm = [warm_up(call, threads) for call in calls]
-    timed = [([], []) for _ in calls]
+    warm = [[warm_up(call, threads) for call in copies] for copies in models]
+    timed = [([], []) for _ in models]
     watch.current = 0
     watch.look()
     began, done = time.monotonic(), 0
@@ -139,8 +152,9 @@ def time_in_turns(calls, runs, seconds, threads, watch):
             if all(settled(pair[clock]) for pair in timed):
                 break
         turn = min(TURN_RUNS, runs - done)
-        for index, call in enumerate(calls):
+        for index, copies in enumerate(models):
             watch.current = index
+            call = copies[done // TURN_RUNS % len(copies)]
             call()
             for _ in range(turn):
                 wall, cpu = timed_run(call)
@@ -149,8 +163,14 @@ def time_in_turns(calls, runs, seconds, threads, watch):
         done += turn
     watch.look()
     return [
-        {"warm_up_runs": warmed, "warm_up_steady": steady, "wall_ms": wall, "cpu_ms": cpu}
-        for (warmed, steady), (wall, cpu) in zip(warm, timed)
+        {
+            "copies": len(copies),
+            "warm_up_runs": sum(count for count, _ in copies),
+            "warm_up_steady": all(steady for _, steady in copies),
+            "wall_ms": wall,
+            "cpu_ms": cpu,
+        }
+        for copies, (wall, cpu) in zip(warm, timed)
     ]
 
 
@@ -426,19 +446,30 @@ def memory_of(load):
     return tuple(json.loads(text)) if text else (None, None)
 
 
+def copies_in(each_mib):
+    """How many of COPIES half of the free memory holds."""
+    free = re.search(r"MemAvailable:\s*(\d+)", read(PROC + "/meminfo") or "")
+    room = int(free.group(1)) / 2048 if free else each_mib
+    return max(1, min(COPIES, int(room / max(each_mib, 1))))
+
+
 def measure_in_process(job, paths):
     """(runtime's version, clock, conditions, figures of each file)."""
     sys.path.insert(0, HERE)  # of infer.py
     version = runtime_version(job["runtime"])  # imports it: all children start from the same
     memories = [memory_of(lambda path=path: open_model(job, path)) for path in paths]
-    calls, loads = [], []
-    for path in paths:
+    copies, models, loads = copies_in(sum(peak or 0 for _, peak in memories)), [], []
+    reference = job.get("reference")
+    for path in paths + [os.path.join(HERE, reference)] * bool(reference):
         began = time.perf_counter()
-        calls.append(open_model(job, path))
+        models.append([open_model(job, path)])
         loads.append((time.perf_counter() - began) * 1e3)
-        calls[-1]()
+        models[-1] += [open_model(job, path) for _ in range(copies - 1)]
     with Watch(in_process=True) as watch:
-        found = time_in_turns(calls, job["runs"], job["seconds"], job["threads"], watch)
+        found = time_in_turns(models, job["runs"], job["seconds"], job["threads"], watch)
+    conditions = watch.conditions()
+    if reference:
+        conditions["reference_ms"] = quiet(found.pop()["cpu_ms"], copies)
     for index, (path, each) in enumerate(zip(paths, found)):
         each.update(load_ms=loads[index], load_memory_mib=memories[index][0],
                     peak_memory_mib=memories[index][1])  # fmt: skip
@@ -448,7 +479,7 @@ def measure_in_process(job, paths):
         if job["layers"] and job["runtime"] in LAYERS:
             each["layers"] = LAYERS[job["runtime"]](job, path)
     clock = clock_of([(each["wall_ms"], each["cpu_ms"]) for each in found], job["threads"])
-    return version, clock, watch.conditions(), found
+    return version, clock, conditions, found
 
 
 # ---- layers: in a pass of their own, since profiling slows what is timed -------------------------
