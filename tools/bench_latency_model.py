@@ -56,7 +56,7 @@ from edgekd.target import Target
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "docs" / "bench" / "latency_model"
 TARGETS = ("host-onnxruntime", "intel-cpu")
-TEST_SEED = 20261126
+TEST_SEED = 20261144
 KINDS: tuple[ProbeKind, ...] = ("dense", "depthwise", "transformer")
 # name -> side in pixels
 NAMED = {

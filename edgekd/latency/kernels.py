@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 from edgekd.latency.runtime_graph import Dims, RuntimeNode
@@ -51,10 +52,10 @@ class Kernel(NamedTuple):
 
     @property
     def steps(self) -> float:
-        """How often a kernel starts anew, beside its arithmetic.
+        """What a kernel does one by one, beside its arithmetic.
 
-        Of a convolution the taps that it gathers into rows, of pooling its taps; of a product with
-        one number a channel the rows, where the channels come last.
+        Of a convolution the taps that it may gather into rows, of pooling its taps; of a product
+        with a number for each channel its rows, where the channels come last.
         """
         if self.op in CONVOLUTIONS:
             return self.cin * self.height * self.width * self.kernel**2 * (self.kernel > 1)
@@ -67,8 +68,11 @@ class Kernel(NamedTuple):
 
     @property
     def inside(self) -> float:
-        """The share of a convolution's taps that lie in the map, with its edges padded alike."""
-        return _inside(self.height, self) * _inside(self.width, self)
+        """The share of a convolution's taps that lie in the map, if its edges are padded alike."""
+        if self.op not in CONVOLUTIONS or self.kernel == 1:
+            return 1.0
+        height, width = (_inside(n, self.kernel, self.stride) for n in (self.height, self.width))
+        return height * width
 
     @property
     def padding(self) -> float:
@@ -82,13 +86,13 @@ class Kernel(NamedTuple):
         return self.writes * bool(fused & EXPONENTIAL), self.writes * bool(fused & HARD)
 
 
-def _inside(side: int, kernel: Kernel) -> float:
-    if kernel.op not in CONVOLUTIONS or kernel.kernel == 1:
-        return 1.0
-    pad, size = kernel.kernel // 2, side * kernel.stride
-    firsts = [i * kernel.stride - pad for i in range(side)]
-    taps = sum(min(first + kernel.kernel, size) - max(first, 0) for first in firsts)
-    return taps / (side * kernel.kernel)
+@cache
+def _inside(side: int, kernel: int, stride: int) -> float:
+    """Along one axis of `side` pixels that are computed; patches, of an even side, have no pad."""
+    pad, size = kernel // 2 * (kernel % 2), side * stride
+    firsts = [i * stride - pad for i in range(side)]
+    taps = sum(min(first + kernel, size) - max(first, 0) for first in firsts)
+    return taps / (side * kernel)
 
 
 EXPONENTIAL, HARD = {"exp", "sigmoid", "tanh"}, {"hardswish", "hardsigmoid"}
@@ -168,8 +172,6 @@ def of_onnxruntime(node: RuntimeNode) -> Kernel:
 
 TURN = "Transpose.map"
 EXP = "Eltwise.exp"  # a GELU, a SiLU, ...
-
-
 VECTOR = 64  # bytes
 
 

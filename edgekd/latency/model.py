@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Literal, NamedTuple
@@ -37,11 +37,12 @@ LEAST_MS = 1e-4
 LEAST_NETWORKS = 5
 # how far apart two kernels may be, in each of `_features`, to still tell of each other
 LENGTHS = np.array([2.2, 2.2, 2.2, 1.5, 3.0, 2.2, 4.5, 3.0, 1.5, 1.5, 1.0, 3.0, 16.0])
-SPREAD, NOISE = 0.3, 0.005  # variances of the logarithm
-CLOCK = 0.0015  # ms that the time of a kernel may be off by, as clocks tell whole microseconds
+SPREAD, NOISE = 0.3, 0.02  # variances of the logarithm
+OFF_MS = 0.0007  # that the time of a kernel may be off by, as clocks tell whole microseconds
 CACHE = 65536  # elements, about what the nearest caches hold
 FOLDS = 5
-# what timing a kernel, and what running a network at all may cost
+# what timing a kernel costs more than running it without a clock, or less than from one kernel to
+# the next; and what running a network at all may cost
 CLOCK_MS, ONCE_MS = np.arange(-0.006, 0.006, 0.00025), np.arange(0, 0.2, 0.01)
 # how firmly a network's calibration holds to its kernels' times, to no rest for each kernel, and to
 # the rest of each network
@@ -317,7 +318,10 @@ class _Kernels:
     alpha: Array | None = None  # of each in the mean of the process
 
     @staticmethod
-    def fit(kernels: Sequence[Kernel], weights: Sequence[float], times: Array) -> _Kernels:
+    def fit(seen: Mapping[tuple[Kernel, float], Sequence[float]]) -> _Kernels:
+        """To times of kernels, each in a network of so many `_weights`."""
+        kernels = [kernel for kernel, _ in seen]
+        times = np.array([np.median(times) for times in seen.values()])
         times = np.maximum(times, LEAST_MS)
         parts = np.array([_physical(k) for k in kernels])
         trusted = 1 / (times + 0.001)  # below a microsecond the profile's clock is blind
@@ -328,11 +332,11 @@ class _Kernels:
         from sklearn.gaussian_process.kernels import RBF, ConstantKernel
 
         rest = np.log(times / np.maximum(parts @ shares, LEAST_MS))
-        near, noise = ConstantKernel(SPREAD) * RBF(LENGTHS), NOISE + (CLOCK / times) ** 2
+        near, noise = ConstantKernel(SPREAD) * RBF(LENGTHS), NOISE + (OFF_MS / times) ** 2
         process = GaussianProcessRegressor(near, alpha=noise, optimizer=None)
-        seen = np.array([_features(k, w) for k, w in zip(kernels, weights, strict=True)])
-        process.fit(seen, rest - rest.mean())
-        return _Kernels(shares, float(rest.mean()), seen / LENGTHS, process.alpha_)
+        features = np.array([_features(*key) for key in seen])
+        process.fit(features, rest - rest.mean())
+        return _Kernels(shares, float(rest.mean()), features / LENGTHS, process.alpha_)
 
     def predict(self, kernels: Sequence[Kernel], weights: float) -> Array:
         found = np.maximum(np.array([_physical(k) for k in kernels]) @ self.shares, LEAST_MS)
@@ -402,15 +406,10 @@ def _fit(networks: Sequence[MeasuredNetwork]) -> tuple[dict[str, _Kernels], Arra
     for net in networks:
         weights = _weights(net.kernels)
         for kernel, ms in zip(net.kernels, net.times, strict=True):
-            for name in {_family(kernel), _family(kernel) if kernel.macs else "other"}:
+            for name in (_family(kernel), *([] if kernel.macs else ["other"])):
                 seen = by_family.setdefault(name, {})
                 seen.setdefault((kernel, weights), []).append(float(ms))
-    families = {
-        name: _Kernels.fit(
-            *zip(*seen, strict=True), np.array([np.median(t) for t in seen.values()])
-        )
-        for name, seen in by_family.items()
-    }
+    families = {name: _Kernels.fit(seen) for name, seen in by_family.items()}
     rows = np.array([_shares(families, n.kernels) for n in networks])
     rows /= np.array([[n.total_ms] for n in networks])
     # ridge towards the kernels' own times: 20 networks tell little of five factors

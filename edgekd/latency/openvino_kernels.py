@@ -193,7 +193,7 @@ def _ov_permute(op: Op, chains: _Chains) -> None:
         attends = source.kind == "matmul" and source.inputs[0].kind == "softmax"
         if not (attends and chains.place is not None):
             return  # inside the attention
-    size = 1 if chains.integer(op) else 4
+    size = 4 if chains.place is None else 1
     name = TURN if moves_elements(source.shape, op.shape, size) else "Transpose"
     chains.tensor(op, name, op.size)
     if axes == TO_FIRST:

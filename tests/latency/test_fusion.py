@@ -47,7 +47,7 @@ def networks() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
 # OpenVINO drops the sum with a position that is all zeros, as an untrained network's is; in
 # integers it has a transposition more in the first of the blocks
 KNOWN = {
-    ("attention", "intel-cpu"): {"Eltwise", "Transpose"},
+    ("attention", "intel-cpu"): {"Eltwise", "Transpose.map"},
 }
 
 
