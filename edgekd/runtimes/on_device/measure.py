@@ -40,6 +40,7 @@ WARM_UP_SECONDS, LONGEST_WARM_UP = 0.3, 5.0
 STEADY = 0.02  # medians of two windows in a row that agree within this end the warm-up
 TURN_RUNS = 5
 COPIES = 5  # of a model, each loaded anew: where its memory lies changes what a run takes by 2 %
+COLD_RUNS = 3  # of each copy but the first, which warms up
 LEAST_RUNS, RUNS_TO_SETTLE = 20, 200  # before the time, and before the interval, may end the runs
 WANTED = 0.01  # half-width of the median's 95 % interval, as a share of the median
 BUSY = 1.05  # wall / CPU time above which the host counts as busy
@@ -139,7 +140,10 @@ def time_in_turns(models, runs, seconds, threads, watch):
     The turns end after `runs` timed runs of each; before, when every median is known well enough,
     or `seconds` have passed for all together.
     """
-    warm = [[warm_up(call, threads) for call in copies] for copies in models]
+    warm = [warm_up(copies[0], threads) for copies in models]
+    for copies in models:  # the machine is warm by now
+        for call in copies[1:] * COLD_RUNS:
+            call()
     timed = [([], []) for _ in models]
     watch.current = 0
     watch.look()
@@ -163,15 +167,10 @@ def time_in_turns(models, runs, seconds, threads, watch):
         done += turn
     watch.look()
     return [
-        {
-            "copies": len(copies),
-            "warm_up_runs": sum(count for count, _ in copies),
-            "warm_up_steady": all(steady for _, steady in copies),
-            "wall_ms": wall,
-            "cpu_ms": cpu,
-        }
-        for copies, (wall, cpu) in zip(warm, timed)
-    ]
+        {"copies": len(copies), "warm_up_runs": warmed, "warm_up_steady": steady,
+         "wall_ms": wall, "cpu_ms": cpu}
+        for copies, (warmed, steady), (wall, cpu) in zip(models, warm, timed)
+    ]  # fmt: skip
 
 
 # ---- the device ----------------------------------------------------------------------------------
