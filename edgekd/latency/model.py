@@ -47,6 +47,7 @@ CLOCK_MS, ONCE_MS = np.arange(-0.006, 0.006, 0.00025), np.arange(0, 0.2, 0.01)
 # how firmly a network's calibration holds to its kernels' times, to no rest for each kernel, and to
 # the rest of each network
 RIDGE, HELD, HELD_ONCE = 0.2, 200.0, 5.0
+SLOWEST = 50.0  # times as long for an element as others, a kind of kernels may take
 # what networks reach of a device's peak: between all and a tenth of it, a third in the middle
 REACHED, WORST = 3.0, 10.0
 LAUNCH_MS = 0.005
@@ -301,8 +302,11 @@ def _features(kernel: Kernel, weights: float) -> list[float]:
     ]  # fmt: skip
 
 
+MOVED, STEPS = 2, 3
+
+
 def _physical(kernel: Kernel) -> list[float]:
-    """What a kernel's time is made of, without any efficiency."""
+    """What a kernel's time is made of, without any efficiency; some of it at MOVED and STEPS."""
     moved = kernel.reads + kernel.writes + kernel.weights
     macs = kernel.macs * kernel.inside * kernel.padding
     return [1.0, macs, moved, kernel.steps, *kernel.activated]
@@ -318,14 +322,33 @@ class _Kernels:
     alpha: Array | None = None  # of each in the mean of the process
 
     @staticmethod
-    def fit(seen: Mapping[tuple[Kernel, float], Sequence[float]]) -> _Kernels:
-        """To times of kernels, each in a network of so many `_weights`."""
+    def fit(
+        seen: Mapping[tuple[Kernel, float], Sequence[float]], prior: _Kernels | None
+    ) -> _Kernels:
+        """To times of kernels, each in a network of so many `_weights`.
+
+        Args:
+            prior: of kernels of all kinds without products, which bounds what one kind may take for
+                each element: a few small ones do not tell. None for those kernels themselves,
+                whose `Kernel.steps` do not count the same thing.
+        """
         kernels = [kernel for kernel, _ in seen]
         times = np.array([np.median(times) for times in seen.values()])
         times = np.maximum(times, LEAST_MS)
         parts = np.array([_physical(k) for k in kernels])
+        if prior is None:
+            parts[:, STEPS] = 0.0
         trusted = 1 / (times + 0.001)  # below a microsecond the profile's clock is blind
-        shares = nnls(parts * trusted[:, None], times * trusted)[0]
+        rows, wanted = parts * trusted[:, None], times * trusted
+        shares = nnls(rows, wanted)[0]
+        if (
+            prior is not None
+            and not kernels[0].macs
+            and shares[MOVED] > SLOWEST * prior.shares[MOVED]
+        ):
+            wanted -= rows[:, MOVED] * SLOWEST * prior.shares[MOVED]
+            shares = nnls(rows * (np.arange(rows.shape[1]) != MOVED), wanted)[0]
+            shares[MOVED] = SLOWEST * prior.shares[MOVED]
         if not kernels[0].macs or len(kernels) < 8:
             return _Kernels(shares)
         from sklearn.gaussian_process import GaussianProcessRegressor
@@ -409,7 +432,8 @@ def _fit(networks: Sequence[MeasuredNetwork]) -> tuple[dict[str, _Kernels], Arra
             for name in (_family(kernel), *([] if kernel.macs else ["other"])):
                 seen = by_family.setdefault(name, {})
                 seen.setdefault((kernel, weights), []).append(float(ms))
-    families = {name: _Kernels.fit(seen) for name, seen in by_family.items()}
+    families = {"other": (other := _Kernels.fit(by_family.pop("other"), None))}
+    families |= {name: _Kernels.fit(seen, other) for name, seen in by_family.items()}
     rows = np.array([_shares(families, n.kernels) for n in networks])
     rows /= np.array([[n.total_ms] for n in networks])
     # ridge towards the kernels' own times: 20 networks tell little of five factors

@@ -458,8 +458,8 @@ def measure_in_process(job, paths):
     version = runtime_version(job["runtime"])  # imports it: all children start from the same
     memories = [memory_of(lambda path=path: open_model(job, path)) for path in paths]
     copies, models, loads = copies_in(sum(peak or 0 for _, peak in memories)), [], []
-    reference = job.get("reference")
-    for path in paths + [os.path.join(HERE, reference)] * bool(reference):
+    reference = [os.path.join(HERE, job["reference"])] if job.get("reference") else []
+    for path in paths + reference:
         began = time.perf_counter()
         models.append([open_model(job, path)])
         loads.append((time.perf_counter() - began) * 1e3)
