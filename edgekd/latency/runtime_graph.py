@@ -19,10 +19,8 @@ from edgekd.errors import TargetError, nearest
 
 Dims = tuple[int, ...]
 RUNS = 150
-EACH, COLD = (
-    25,
-    5,
-)  # runs of a compiled OpenVINO model, and those of them before its caches are warm
+# runs of a compiled OpenVINO model, and those of them before its caches are warm
+EACH, COLD = 25, 5
 
 
 class RuntimeNode(BaseModel):
