@@ -58,7 +58,7 @@ def measure_on(
         "target": target.name, "runtime": target.runtime, "device": target.device,
         "providers": target.providers, "files": files, "runs": runs, "seconds": LONGEST_SECONDS,
         "threads": threads, "layers": layers, "lock_clocks": lock_clocks,
-        "reference": pace.FILE if target.runtime in pace.RUNTIMES and threads == 1 else None,
+        "reference": pace.FILE if pace.has_pace(target, threads) else None,
     }  # fmt: skip
     if facts.python is None:
         with Progress(f"measuring on {facts.host}", None):

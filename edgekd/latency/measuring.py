@@ -94,7 +94,7 @@ class Measurement(_Frozen):
         profiled_p50_ms: the median run while the layers were timed, by the same clock.
         quiet_ms: what it takes on this host when nobody else disturbs it: `quiet` of its runs,
             divided by how much longer a reference network took in the same turns than ever before
-            (`pace.py`). None where the runtime or several threads have none.
+            (`pace.py`, which says where there is none).
         trust: "drift" where the last third of the runs differs from the first by more than noise,
             "throttled" where the clocks fell or the device got hotter as well.
         repeats: measurements before this one that were not steady.

@@ -529,10 +529,12 @@ def measured_networks(rows: Sequence[ProfileRow]) -> dict[Precision, list[Measur
     A network that was measured again there counts by its last rows.
     """
     found: dict[Precision, list[MeasuredNetwork]] = {}
-    least: dict[str, float] = {}  # of each host: the reference network's time when it was quietest
+    # of each host and version: the reference network's time when it was quietest
+    least: dict[tuple[str, str], float] = {}
     for row in rows:
         if row.reference_ms is not None:
-            least[row.host] = min(row.reference_ms, least.get(row.host, math.inf))
+            key = row.host, row.runtime_version
+            least[key] = min(row.reference_ms, least.get(key, math.inf))
     for precision in dict.fromkeys(row.precision for row in rows):
         by_host: dict[str, dict[str, tuple[ProfileRow, list[ProfileRow]]]] = {}
         for row in (r for r in rows if r.precision == precision):
@@ -542,8 +544,8 @@ def measured_networks(rows: Sequence[ProfileRow]) -> dict[Precision, list[Measur
                 networks[row.network] = row, []
             elif row.network in networks:
                 networks[row.network][1].append(row)
-        for host, networks in reversed(by_host.items()):
-            timed = [_network(*m, least.get(host)) for m in networks.values() if m[1]]
+        for networks in reversed(by_host.values()):
+            timed = [_network(*measured, least) for measured in networks.values() if measured[1]]
             if len(timed) >= LEAST_NETWORKS:
                 found[precision] = timed
                 break
@@ -551,9 +553,12 @@ def measured_networks(rows: Sequence[ProfileRow]) -> dict[Precision, list[Measur
 
 
 def _network(
-    whole: ProfileRow, kernels: Sequence[ProfileRow], least: float | None
+    whole: ProfileRow, kernels: Sequence[ProfileRow], least: Mapping[tuple[str, str], float]
 ) -> MeasuredNetwork:
-    slower = whole.reference_ms / least if whole.reference_ms and least else 1.0
+    slower = (
+        1.0 if whole.reference_ms is None
+        else whole.reference_ms / least[whole.host, whole.runtime_version]
+    )  # fmt: skip
     return MeasuredNetwork(
         whole.network, [_kernel(k) for k in kernels], np.array([k.p50_ms for k in kernels]),
         (whole.quiet_ms or whole.p50_ms) / slower,

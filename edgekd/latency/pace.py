@@ -19,12 +19,19 @@ from pydantic import RootModel, ValidationError
 from edgekd.errors import StateError
 from edgekd.files import write_atomically
 from edgekd.latency.profiles import own_folder
+from edgekd.target import Target
 
 FILE = "reference.onnx"
 SIDE = 96
 # blocks of a pointwise, a depthwise and a pointwise convolution: channels in and out, stride
 BLOCKS = ((32, 32, 1), (32, 64, 2), (64, 64, 1), (64, 128, 2), (128, 128, 1))
 RUNTIMES = ("onnxruntime", "openvino")  # that read it
+
+
+def has_pace(target: Target, threads: int) -> bool:
+    """Whether the reference tells of it: one thread, and all of a run on the CPU, by CPU time."""
+    on_cpu = target.device == "CPU" and not target.providers
+    return target.runtime in RUNTIMES and on_cpu and threads == 1
 
 
 def slower_than_quiet(reference_ms: float, runtime: str, host: str) -> float:

@@ -206,6 +206,26 @@ def test_a_new_row_is_seen(home):
     assert after == pytest.approx(2 * before, rel=0.1)
 
 
+def test_what_the_host_did_meanwhile_is_taken_off(home):
+    target = Target.load("host-onnxruntime")
+    net = Network(resnet(num_classes=4), torch.zeros(1, 3, 32, 32))
+
+    def estimate(slower: float) -> float:
+        """Half of the networks, and the reference with them, while others ran."""
+        disturbed = [
+            row if row.kind == "kernel" else row.model_copy(update={
+                "quiet_ms": row.quiet_ms * busy, "reference_ms": 2.0 * busy,
+            })
+            for row in rows(target)
+            for busy in [slower if int(row.network[-1]) % 2 else 1.0]
+        ]  # fmt: skip
+        return fit_rows(disturbed)["fp32"].estimate(
+            kernels_of(trace(net.module, [(3, 32, 32)]), target.runtime, None)
+        ).p50_ms  # fmt: skip
+
+    assert estimate(1.4) == pytest.approx(estimate(1.0))
+
+
 def test_another_hosts_rows_are_not_mixed_in(home):
     target = Target.load("host-onnxruntime")
     mine = [row.model_copy(update={"host": "mine"}) for row in rows(target, slower=2.0)]

@@ -9,9 +9,10 @@ import onnx
 import pytest
 
 from edgekd.errors import StateError
-from edgekd.latency.pace import RUNTIMES, slower_than_quiet, write_reference
+from edgekd.latency.pace import RUNTIMES, has_pace, slower_than_quiet, write_reference
 from edgekd.runtimes.base import get_runtime
 from edgekd.runtimes.on_device.measure import TURN_RUNS, quiet
+from edgekd.target import Target, target_names
 
 
 def test_all_its_runtimes_compute_the_reference_alike(tmp_path):
@@ -25,6 +26,14 @@ def test_all_its_runtimes_compute_the_reference_alike(tmp_path):
     a, b = (get_runtime(name).load(path, threads=1)(image)[0] for name in RUNTIMES)
     assert np.abs(a).max() > 0.1
     np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_only_what_runs_on_a_cpu_has_a_pace():
+    paced = {name for name in target_names() if has_pace(Target.load(name), 1)}
+    assert {"host-onnxruntime", "intel-cpu", "raspberry-pi-4"} <= paced
+    # their CPU only waits, and what it waits for is no CPU time
+    assert not paced & {"intel-igpu", "intel-npu", "ios-coreml-ort", "jetson-nano"}
+    assert not has_pace(Target.load("intel-cpu"), 2)
 
 
 def test_the_least_ever_seen_is_kept(tmp_path, monkeypatch):

@@ -39,6 +39,9 @@ def test_a_measurement_says_how_it_came_about(int8_artifact: Artifact, host: Tar
     assert (got.sha256, got.size_bytes) == (int8_artifact.sha256, int8_artifact.size_bytes)
     assert got.compared == (got.sha256,)
     assert (got.layers, got.rest_ms) == ((), None)
+    assert got.conditions.reference_ms is not None and got.conditions.reference_ms > 0
+    assert got.quiet_ms is not None and 0 < got.quiet_ms <= got.p99_ms
+    assert profile(int8_artifact, target=host, runs=20, threads=2).quiet_ms is None
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", got.date)
     assert Measurement.model_validate_json(got.model_dump_json()) == got
 
