@@ -9,7 +9,8 @@ differ. Integers are post-training. Levels and gates are those of tools/matrix.p
 share of the network's own detections (torch, its raw heads) that come out of the artifact as well:
 of the same class, with an IoU of 0.5 or more. What the artifact's are made by is told: its file
 with decoding and suppression inside, or its raw heads and detect.py. For TensorRT's targets it is
-the latter, in ONNX Runtime. One file a detector is kept in docs/bench/detectors/.
+the latter, in ONNX Runtime. Faster R-CNN has no core: it is exported whole, where that is possible.
+One file a detector is kept in docs/bench/detectors/.
 """
 
 from __future__ import annotations
@@ -32,10 +33,11 @@ from torchvision.ops import box_iou
 from zoo import calibrate_norms, noise
 
 import edgekd
-from edgekd.errors import ModelError
+from edgekd.errors import EdgekdError
 from edgekd.files import write_atomically
 from edgekd.latency.measuring import host_name, today
 from edgekd.models.torchvision_detectors import Core, as_network
+from edgekd.models.two_stage import TwoStage
 from edgekd.runtimes.base import Artifact, verifying_runtime
 from edgekd.runtimes.on_device import detect as on_device
 from edgekd.target import Target
@@ -49,7 +51,7 @@ SIDES = {
     "fcos_resnet50_fpn": 256,
     "retinanet_resnet50_fpn": 256,
 }
-REFUSED = "fasterrcnn_resnet50_fpn"
+WHOLE = {"fasterrcnn_resnet50_fpn": 256}
 CALIBRATION, TESTED, RATIO = 8, 2, 0.3
 
 
@@ -73,6 +75,38 @@ def network(name: str) -> edgekd.Network:
     return net
 
 
+def whole(name: str) -> TwoStage:
+    """A detector of two stages, with random weights under which scores differ."""
+    torch.manual_seed(0)
+    module, side = get_model(name, weights=None, weights_backbone=None), WHOLE[name]
+    net = TwoStage(module, (side, side))
+    calibrate_norms(net, side)
+    for head in (module.rpn.head.cls_logits, module.roi_heads.box_predictor.cls_score):
+        logits: list[torch.Tensor] = []
+        hook = head.register_forward_hook(lambda _, __, given, to=logits: to.append(given))
+        with torch.no_grad():
+            net(noise(2, side, 3))
+            head.weight.mul_(2 / torch.cat([x.flatten() for x in logits]).std())
+        hook.remove()
+    return net
+
+
+def whole_cell(net: TwoStage, target: Target, folder: Path) -> dict[str, Any]:
+    """Its file on one target, beside the network's own detections."""
+    side = net.io.inputs[0].shape[-1]
+    x = noise(TESTED, side, 20)
+    try:
+        artifact = edgekd.export(net, target=target, out=folder, examples=noise(TESTED, side, 10))
+    except EdgekdError as error:
+        return {"level": "refused", "reasons": [str(error)]}
+    session = verifying_runtime(target).load(artifact.path, threads=1)
+    found = np.concatenate([session([x[i : i + 1].numpy()])[0] for i in range(len(x))])
+    with torch.no_grad():
+        wanted = net(x)
+    level = "executed" if target.native_here else "checked"
+    return {"level": level, "size_bytes": artifact.size_bytes} | met(found, wanted, "its file")
+
+
 def ran(net: edgekd.Network, target: Target, artifact: Artifact, x: torch.Tensor) -> dict[str, Any]:
     """What comes out of the artifact, beside the network's own detections."""
     decoding, whole = net.io.decoding, artifact.path.with_suffix(".detections.onnx")
@@ -91,6 +125,11 @@ def ran(net: edgekd.Network, target: Target, artifact: Artifact, x: torch.Tensor
             raw = session([x[index : index + 1].numpy()])
             rows = on_device.detect(decoding.model_dump(mode="json"), raw)
             found[index, : len(rows)] = rows
+    return met(found, wanted, by)
+
+
+def met(found: np.ndarray, wanted: torch.Tensor, by: str) -> dict[str, Any]:
+    """How many of the detections `wanted`, (N, D, 6) as `found` is, were found."""
     hits = total = 0
     for ours, theirs in zip(torch.from_numpy(found), wanted, strict=True):
         ours, theirs = (rows[rows[:, 5] >= 0] for rows in (ours, theirs))
@@ -118,11 +157,14 @@ def one(name: str, path: Path, again: list[str]) -> None:
     }  # fmt: skip
     if path.exists():
         record |= json.loads(path.read_text())
-    if name == REFUSED:
-        try:
-            Core(get_model(name, weights=None, weights_backbone=None))
-        except ModelError as error:
-            record["refused"] = str(error)
+    if name in WHOLE:
+        two = whole(name)
+        record |= {"params": sum(p.numel() for p in two.parameters()), "side": WHOLE[name]}
+        for target in map(Target.load, TARGETS):
+            with TemporaryDirectory() as folder:
+                precision = target.float_precision or "fp32"
+                record["cells"][target.name] = {precision: whole_cell(two, target, Path(folder))}
+            print(f"{name} {target.name}: {record['cells'][target.name]}", flush=True)
         write_atomically(path, json.dumps(record, indent=1))
         return
     net, side = network(name), SIDES[name]
@@ -172,16 +214,14 @@ def write_tables() -> None:
     """docs/detectors.md."""
     header = (__doc__ or "").split("\n\n", 2)[2]
     lines = ["# Detectors × targets", "", "Made by `tools/detectors.py`.", "", header.strip()]
-    for name in (*SIDES, REFUSED):
+    for name in (*SIDES, *WHOLE):
         path = KEPT / f"{name}.json"
         if not path.exists():
             continue
         record = json.loads(path.read_text())
         lines += ["", f"## {name}", ""]
-        if "refused" in record:
-            lines += [f"Refused: {record['refused']}"]
-            continue
-        lines += [f"{record['params'] / 1e6:.1f} M parameters once pruned, {record['side']} px, "
+        form = "whole" if name in WHOLE else "once pruned"
+        lines += [f"{record['params'] / 1e6:.1f} M parameters {form}, {record['side']} px, "
                   f"{record['host']}, {record['date']}.", "",
                   "| target | float | INT8 |", "|---|---|---|"]  # fmt: skip
         for target, cells in record["cells"].items():
@@ -197,7 +237,7 @@ def write_tables() -> None:
 def main() -> None:
     """Run what is missing; write the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    known = (*SIDES, REFUSED)
+    known = (*SIDES, *WHOLE)
     parser.add_argument("--detectors", nargs="*", choices=known, default=known, help="only these")
     parser.add_argument("--again", nargs="*", default=[], help="targets to do again")
     parser.add_argument("--tables", action="store_true", help="only write docs/detectors.md")

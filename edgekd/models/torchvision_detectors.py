@@ -46,6 +46,7 @@ from edgekd.errors import ModelError
 from edgekd.network import Network, Preprocessing, eval_mode
 from edgekd.tasks.decoding import Decoding, Level
 
+ALTERNATIVE = "take torchvision/retinanet_resnet50_fpn: the same backbone and pyramid in one stage"
 WITH_BACKGROUND = ("ssd300_vgg16", "ssdlite320_mobilenet_v3_large")  # num_classes counts it
 
 
@@ -67,8 +68,8 @@ class Core(nn.Module):
             raise ModelError(
                 f"{type(module).__name__} has no core of tensors alone: between its two stages "
                 "proposals are chosen and cut out (RoIAlign, which TensorRT 8.2 does not have); "
-                "use it as a teacher only, or take torchvision/retinanet_resnet50_fpn: the same "
-                "backbone and pyramid in one stage"
+                "whole, it is a teacher, or a file for ONNX Runtime and OpenVINO: "
+                f"edgekd.models.two_stage.TwoStage; for less than that {ALTERNATIVE}"
             )
         if not isinstance(module, SSD | RetinaNet | FCOS):
             raise ModelError(
@@ -134,10 +135,15 @@ def as_network(module: nn.Module, size: tuple[int, int], *, labels: Sequence[str
     Raises:
         ModelError: see `Core`.
     """
-    core, transform = Core(module), cast(Any, module).transform
+    known = own_preprocessing(module)
+    return Network(Core(module), torch.zeros(1, 3, *size), preprocessing=known, labels=labels)
+
+
+def own_preprocessing(module: nn.Module) -> Preprocessing:
+    """The normalisation of one of torchvision's detectors, of letterboxed images."""
+    transform = cast(Any, module).transform
     mean, std = (tuple(values) for values in (transform.image_mean, transform.image_std))
-    known = Preprocessing(mean=mean, std=std, fit="letterbox")
-    return Network(core, torch.zeros(1, 3, *size), preprocessing=known, labels=labels)
+    return Preprocessing(mean=mean, std=std, fit="letterbox")
 
 
 def _facts(theirs: Any) -> dict[str, Any]:

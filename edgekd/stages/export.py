@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -13,9 +14,12 @@ from edgekd.runtimes.base import Artifact, get_runtime
 from edgekd.runtimes.bundle import write_bundle
 from edgekd.target import Target
 
+if TYPE_CHECKING:
+    from edgekd.models.two_stage import TwoStage
+
 
 def export(
-    net: Network,
+    net: Network | TwoStage,
     *,
     target: str | Target,
     out: str | Path,
@@ -28,7 +32,7 @@ def export(
 
     Args:
         net: float, or quantized for a scheme that fits the target's (equal, or int8 activations
-            that become uint8 without loss).
+            that become uint8 without loss); or a two-stage detector, see `stages/whole.py`.
         out: the artifact's own folder; made if absent.
         examples: a batch of inputs, (N, ...) each, of which the bundle's self-check takes three
             samples; seeded noise where there are none.
@@ -39,6 +43,11 @@ def export(
         StateError: `out` holds an artifact of another target or precision.
     """
     target = Target.load(target)
+    if not isinstance(net, Network):
+        from edgekd.stages.whole import export_whole  # torchvision's detectors take a second
+
+        images = examples if examples is None or isinstance(examples, Tensor) else examples[0]
+        return export_whole(net, target=target, out=out, examples=images)
     precision = target.float_precision
     if net.scheme is not None:
         precision = "int8"
