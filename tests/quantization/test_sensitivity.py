@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from edgekd.data.base import Data, InMemory
 from edgekd.errors import ModelError, RecipeError
+from edgekd.models.detector import detector
 from edgekd.network import Network, Preprocessing
 from edgekd.quantization.capture import capture
 from edgekd.quantization.sensitivity import (
@@ -36,6 +37,7 @@ from edgekd.stages.quantize import _calibrated, quantize
 from edgekd.stages.verify import verify
 from edgekd.target import Target
 from edgekd.tasks.classification import Classification
+from edgekd.tasks.detection import Detection
 from edgekd.training import fabric
 
 Batches = list[tuple[Tensor, Tensor]]
@@ -341,3 +343,42 @@ def test_val_comes_before_test_and_is_bounded():
     batches, split = held_out([x for x, _ in batches], 30)
     assert [len(x) for (x,) in batches] == [30]
     assert split == "the data"
+
+
+# ---- a detector ----------------------------------------------------------------------------------
+
+
+def test_a_detectors_head_stays_in_float_by_mean_ap(coarse: Target, tmp_path: Path):
+    """A dead channel of a head, read with a weight of 100: only its layer's integers suffer."""
+    torch.manual_seed(0)
+    module: Any = detector(num_classes=3, scale=0.25)
+    x = torch.randn(4, 3, 64, 64)
+    tower = module.heads[0].classes
+    with torch.no_grad():
+        for part in module.modules():
+            if isinstance(part, nn.BatchNorm2d):
+                part.momentum = 1.0
+        module.train()(x)
+        tower[0][1].weight[1], tower[0][1].bias[1] = 0, -1  # ReLU makes it 0
+        tower[-1].weight.mul_(50)
+        tower[-1].weight[0, 1] = 2000
+    net = Network(module.eval(), torch.zeros(1, 3, 64, 64), labels=("a", "b", "c"))
+    task = Detection().of(net.io)
+    with torch.no_grad():
+        found = task.answers(net(x))[:, :8]  # what the float network is right about by definition
+    boxes = torch.cat([found[..., 5:], found[..., :4]], -1)
+    options: dict[str, Any] = {
+        "target": coarse, "data": [(x, boxes)], "correct_bias": False, "accelerator": "cpu",
+    }  # fmt: skip
+    mixed = quantize(net, task=Detection(), max_drop=0.15, run=RunDir(tmp_path), **options)
+    table = Sensitivity.model_validate_json((tmp_path / "sensitivity.json").read_text())
+    assert mixed.float_layers == table.in_float == ("heads.0.classes.1",)
+    integer = quantize(net, **options)
+    with torch.no_grad():
+        whole, lost, kept = (
+            task.score(task.answers(each(x)), (boxes,)).value for each in (net, integer, mixed)
+        )
+    assert table.metric_name == "mAP@[.5:.95]"
+    assert table.integer_drop == pytest.approx(whole - lost)
+    assert table.drop == pytest.approx(whole - kept)
+    assert table.drop <= 0.15 < 0.3 < table.integer_drop
