@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
 from edgekd import __version__
@@ -99,12 +99,32 @@ class _ChannelsLast(nn.Module):
         super().__init__()
         # the converter folds weights into integers by itself, and fails on folded ones
         self.network = net.program(fold_weights=False).module(check_guards=False)
+        _drop_expansions(self.network)
         self.training = False  # what was captured has no modes to switch
 
     def forward(self, *inputs: Tensor) -> list[Tensor]:
         given = (x.permute(0, 3, 1, 2) if x.dim() == 4 else x for x in inputs)
         outputs = tree_leaves(self.network(*given))
         return [y.permute(0, 2, 3, 1) if y.dim() == 4 else y for y in outputs]
+
+
+def _drop_expansions(graph: GraphModule) -> None:
+    """Without the `expand`s in front of arithmetic that broadcasts by itself.
+
+    The converter moves channels last around the arithmetic, but not around an expand.
+    """
+    aten = torch.ops.aten
+    broadcast = {op.Tensor for op in (aten.add, aten.sub, aten.mul, aten.div)}
+    for node in list(graph.graph.nodes):
+        if node.target not in (aten.expand.default, aten.expand_as.default):
+            continue
+        shape = node.meta["val"].shape
+        for user in list(node.users):
+            others = [a for a in user.args if isinstance(a, Node) and a is not node]
+            if user.target in broadcast and any(a.meta["val"].shape == shape for a in others):
+                user.replace_input_with(node, node.args[0])
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
 
 
 def _convert(net: Network) -> bytes:

@@ -258,6 +258,32 @@ def test_branches_and_several_outputs(batches: Batches, tmp_path: Path):
     assert [d["name"] for d in interpreter(artifact.path).get_output_details()] == ["map", "scores"]
 
 
+class Normalised(nn.Module):
+    """L2 over channels in between, as SSD300 has it: torch expands the norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.behind = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.behind(20 * nn.functional.normalize(self.before(x).relu()))
+
+
+@needs_converter
+@pytest.mark.parametrize("integers", [False, True])
+def test_a_norm_over_channels(tmp_path: Path, integers: bool):
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 16, 16)
+    net = Network(Normalised(), x[:1])
+    if integers:
+        net = quantize(net, target=PHONE, data=[x], accelerator="cpu")
+    artifact = export(net, target=PHONE, out=tmp_path)
+    found = opened(artifact.path, emulated=True)([x.numpy()])[0]
+    with torch.no_grad():
+        wanted = net(x).numpy()
+    assert np.abs(found - wanted).mean() <= (0.01 if integers else 1e-5) * np.abs(wanted).max()
+
+
 @needs_converter
 def test_a_file_that_is_no_model_is_refused(tmp_path: Path):
     path = tmp_path / "model.tflite"
