@@ -11,6 +11,7 @@ take all of it.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from importlib import import_module
@@ -204,7 +205,8 @@ def _activations(net: Network, model: Any) -> Iterator[tuple[str, tuple[int, boo
     """Where each quantized activation is in the file: the same scale, zero point and shape.
 
     The converter keeps no names. Of several tensors that fit, the operators' order decides. What it
-    transposes has no name; nor has a cube that may be of either layout.
+    transposes has no name; nor has a cube that may be of either layout. Rows of features may have
+    been reshaped: (N, H, W, C) here and (1, H · W, C) there.
     """
     if net.scheme is None:
         return
@@ -220,21 +222,45 @@ def _activations(net: Network, model: Any) -> Iterator[tuple[str, tuple[int, boo
         if codes[op.opcodeIndex] == kinds.TRANSPOSE:
             left = {i: certain for i, certain in left.items() if i not in op.outputs}
     one_layout = kinds.TRANSPOSE not in codes
+    concatenated = {
+        int(i) for op in graph.operators if codes[op.opcodeIndex] == kinds.CONCATENATION
+        for i in op.outputs
+    }  # fmt: skip
     for reader in net.module.graph.find_nodes(op="call_module"):
         source, quantizer = arguments(reader)[0], quantizer_at(net.module, reader)
         if source.op == "get_attr" or quantizer is None:
             continue
-        wanted = quantizer.scale.item(), int(quantizer.zero_point)
-        shape = tuple(source.meta["val"].shape[1:])
-        for index, certain in left.items():
-            stored = tuple(graph.tensors[index].shape[1:])
-            # (H, W, C) first: nothing else is in a file of one layout
-            layouts = [len(shape) == 3 and stored == (*shape[1:], shape[0]), stored == shape]
-            known = certain or one_layout or not all(layouts)
-            if any(layouts) and known and _parameters(graph.tensors[index]) == wanted:
+        wanted, shape = (
+            (quantizer.scale.item(), int(quantizer.zero_point)),
+            source.meta["val"].shape,
+        )
+        fitting = [
+            (index, layouts[0])
+            for index, certain in left.items()
+            if _parameters(graph.tensors[index]) == wanted
+            and any(layouts := _layouts(tuple(shape), tuple(graph.tensors[index].shape)))
+            and (certain or one_layout or not all(layouts))
+        ]
+        if source.target is torch.ops.aten.roll.default:
+            # a concatenation along each axis; what lies before the last one is not rolled yet
+            parts = [place for place in fitting if place[0] in concatenated]
+            behind = parts[len(source.args[2]) - 1 :]
+            for index, _ in fitting[: fitting.index(behind[0])] if behind else fitting:
                 del left[index]
-                yield quantized_name(source.name), (index, layouts[0])
-                break
+            fitting = behind
+        if fitting:
+            del left[fitting[0][0]]
+            yield quantized_name(source.name), fitting[0]
+
+
+def _layouts(own: tuple[int, ...], stored: tuple[int, ...]) -> tuple[bool, bool]:
+    """Whether one stored sample may be of a batch of 2, as (H, W, C), and as it is."""
+    if len(own) == 4 and stored[1:] == (*own[2:], own[1]):
+        return True, stored[1:] == own[1:]
+    # rows of features, in as many axes as may be; an image has none
+    image = len(own) == 4 and own[1] == own[3]
+    rows = own[-1:] == stored[-1:] and math.prod(own) == 2 * math.prod(stored) and not image
+    return False, stored[1:] == own[1:] or rows
 
 
 def _parameters(tensor: Any) -> tuple[float, int] | None:

@@ -284,6 +284,35 @@ def test_a_norm_over_channels(tmp_path: Path, integers: bool):
     assert np.abs(found - wanted).mean() <= (0.01 if integers else 1e-5) * np.abs(wanted).max()
 
 
+class Rolled(nn.Module):
+    """A window's shift and rows of features, as Swin has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.behind = nn.Conv2d(3, 24, 3, 2, 1), nn.Conv2d(24, 8, 1)
+        self.norm, self.wide, self.narrow = nn.LayerNorm(24), nn.Linear(24, 48), nn.Linear(48, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.before(x).permute(0, 2, 3, 1)).roll((-3, 2), (1, 2))
+        y = y + self.narrow(nn.functional.gelu(self.wide(y)))
+        return self.behind(y.permute(0, 3, 1, 2))
+
+
+@needs_converter
+def test_what_is_rolled_and_rows_of_features_are_compared(tmp_path: Path):
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 32, 32)
+    net = quantize(Network(Rolled(), x[:1]), target=PHONE, data=[x], accelerator="cpu")
+    artifact = export(net, target=PHONE, out=tmp_path)
+    parity = verify(artifact, net, data=[(x,)], mean_steps=1.0)
+    assert parity.local is not None and parity.local.as_written is not None
+    found = parity.local.as_written
+    assert found.max_steps <= 1
+    assert found.exact >= 0.99
+    places = LiteRt().load(artifact.path, threads=1)._places
+    assert {"quant.roll", "quant.linear_default", "quant.gelu", "quant.add"} <= places.keys()
+
+
 @needs_converter
 def test_a_file_that_is_no_model_is_refused(tmp_path: Path):
     path = tmp_path / "model.tflite"
