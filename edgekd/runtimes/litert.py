@@ -230,15 +230,13 @@ def _activations(net: Network, model: Any) -> Iterator[tuple[str, tuple[int, boo
         source, quantizer = arguments(reader)[0], quantizer_at(net.module, reader)
         if source.op == "get_attr" or quantizer is None:
             continue
-        wanted, shape = (
-            (quantizer.scale.item(), int(quantizer.zero_point)),
-            source.meta["val"].shape,
-        )
+        wanted = quantizer.scale.item(), int(quantizer.zero_point)
+        shape = tuple(source.meta["val"].shape)
         fitting = [
             (index, layouts[0])
             for index, certain in left.items()
             if _parameters(graph.tensors[index]) == wanted
-            and any(layouts := _layouts(tuple(shape), tuple(graph.tensors[index].shape)))
+            and any(layouts := _layouts(shape, tuple(graph.tensors[index].shape)))
             and (certain or one_layout or not all(layouts))
         ]
         if source.target is torch.ops.aten.roll.default:

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
-from edgekd.errors import TargetError
+from edgekd.errors import ModelError, TargetError
 from edgekd.files import write_atomically
 from edgekd.models.torchvision_detectors import ALTERNATIVE
 from edgekd.models.two_stage import TwoStage
@@ -35,10 +35,16 @@ def export_whole(
             seeded noise where there are none.
 
     Raises:
+        ModelError: `net` is something else.
         TargetError: another runtime than ONNX Runtime and OpenVINO, or the file has not the same
             detections.
         StateError: `out` holds an artifact of another target or precision.
     """
+    if not isinstance(net, TwoStage):
+        raise ModelError(
+            f"export takes a Network or a TwoStage, not {type(net).__name__}: "
+            "edgekd.Network(module, example_inputs)"
+        )
     if target.runtime not in ("onnxruntime", "openvino"):
         raise TargetError(
             f"{target.name} takes no {type(net.module).__name__} (RoIAlign between its stages), "
@@ -55,19 +61,23 @@ def export_whole(
             net, (examples[:1],), source, dynamo=False, opset_version=EXPORTED,
             input_names=["input"], output_names=["detections"],
         )  # fmt: skip
+        _check(net, adapt(source, target=target, out=Path(folder) / "checked")[0], target, examples)
         artifact, _ = adapt(source, target=target, out=out)
-        wanted = net(examples)
-    session = verifying_runtime(target).load(artifact.path, threads=1)
-    found = [torch.from_numpy(session([x[None].numpy()])[0]) for x in examples]
-    same = Detection(shown=0.0).agreement(wanted, torch.cat(found))
-    if same < (least := SAME[artifact.precision]):
-        raise TargetError(
-            f"{artifact.path} has {same:.1%} of the network's detections on {len(examples)} "
-            f"images; {least:.0%} are wanted: give examples= of your data"
-        )
     manifest = {
         "format": 1, "target": target.name, "precision": artifact.precision,
         "file": artifact.path.name, "io": net.io.model_dump(mode="json"),
     }  # fmt: skip
     write_atomically(artifact.path.with_name("manifest.json"), json.dumps(manifest, indent=1))
     return artifact
+
+
+def _check(net: TwoStage, artifact: Artifact, target: Target, examples: Tensor) -> None:
+    """Refuse a file that has not the network's detections."""
+    session = verifying_runtime(target).load(artifact.path, threads=1)
+    found = [torch.from_numpy(session([x[None].numpy()])[0]) for x in examples]
+    same = Detection(shown=0.0).agreement(net(examples), torch.cat(found))
+    if same < (least := SAME[artifact.precision]):
+        raise TargetError(
+            f"for {target.name} the file has {same:.1%} of the network's detections on "
+            f"{len(examples)} images; {least:.0%} are wanted: give examples= of your data"
+        )

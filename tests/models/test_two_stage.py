@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torchvision.models import get_model
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FasterRCNN, FastRCNNPredictor, TwoMLPHead
+from torchvision.ops import MultiScaleRoIAlign
 
 import edgekd
 from edgekd.errors import ModelError, TargetError
@@ -15,7 +17,7 @@ from edgekd.models.two_stage import TwoStage
 from edgekd.runtimes.base import get_runtime
 from edgekd.stages import whole
 from edgekd.tasks.detection import Detection
-from tests.models.test_torchvision_detectors import Adapter, Theirs
+from tests.models.test_torchvision_detectors import Adapter, Maps, Theirs
 
 SIZE = (64, 96)
 LABELS = ("a", "b", "c")
@@ -25,16 +27,16 @@ LABELS = ("a", "b", "c")
 def module() -> Any:
     """Untrained, but with scores that differ from box to box."""
     torch.manual_seed(0)
-    found: Any = get_model(
-        "fasterrcnn_mobilenet_v3_large_320_fpn", weights=None, weights_backbone=None, num_classes=4,
-        min_size=SIZE[0], max_size=SIZE[1], box_score_thresh=0.3, box_detections_per_img=20,
+    backbone: Any = Maps()
+    backbone.out_channels = 16
+    found: Any = FasterRCNN(
+        backbone, min_size=SIZE[0], max_size=SIZE[1], box_score_thresh=0.3,
+        rpn_anchor_generator=AnchorGenerator(((24, 48),), ((0.5, 1.0, 2.0),)),
+        box_roi_pool=MultiScaleRoIAlign(["0"], 7, 2), box_head=TwoMLPHead(16 * 49, 32),
+        box_predictor=FastRCNNPredictor(32, 4), box_detections_per_img=20,
     )  # fmt: skip
-    for part in found.modules():
-        if isinstance(part, nn.BatchNorm2d):
-            part.momentum = 1.0  # statistics of the last batch
+    x = (torch.rand(4, 3, *SIZE) - 0.45) / 0.226
     with torch.no_grad():
-        x = (torch.rand(4, 3, *SIZE) - 0.45) / 0.226
-        found.backbone.train()(x)
         for head in (found.rpn.head.cls_logits, found.roi_heads.box_predictor.cls_score):
             logits: list[torch.Tensor] = []
             hook = head.register_forward_hook(lambda _, __, given, to=logits: to.append(given))
@@ -110,6 +112,7 @@ def test_a_file_with_other_detections_is_refused(
     monkeypatch.setattr(whole, "verifying_runtime", lambda target: Nothing())
     with pytest.raises(TargetError, match=r"has 0\.0% of the network's detections on 3 images"):
         edgekd.export(net, target="host-onnxruntime", out=tmp_path, examples=images(net)[1])
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("target", ["jetson-nano", "jetson-orin-nano", "android-litert"])
@@ -121,9 +124,12 @@ def test_other_runtimes_are_refused_and_the_nearest_alternative_named(
     assert not list(tmp_path.iterdir())
 
 
-def test_what_has_a_core_is_refused():
+def test_what_is_none_is_refused(tmp_path: Any):
     with pytest.raises(ModelError, match="Conv2d is no Faster R-CNN"):
         TwoStage(nn.Conv2d(3, 4, 1), SIZE)
+    neither: Any = nn.Conv2d(3, 4, 1)
+    with pytest.raises(ModelError, match=r"not Conv2d: edgekd.Network\(module, example_inputs\)"):
+        edgekd.export(neither, target="host-onnxruntime", out=tmp_path)
 
 
 @pytest.mark.parametrize("form", ["module", "file"])
