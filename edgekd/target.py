@@ -35,7 +35,8 @@ class QuantScheme(_Frozen):
         fold_weights: weights are stored as integers; otherwise in float, with a quantize and a
             dequantize operator behind them, as TensorRT 8 wants them.
         add_inputs: which inputs of a residual Add or Sub are quantized: both, or all but the
-            convolution that it is fused into ("skip").
+            convolution that it is fused into ("skip"), with a ReLU in between too
+            ("skip-activated").
         shared_scales: operators whose inputs and output have one scale, as integer-only runtimes
             want it; of poolings, those over windows, not those over whole maps.
         fixed_scales: operators whose output has the one scale that the device's kernel takes:
@@ -59,7 +60,7 @@ class QuantScheme(_Frozen):
     weight_granularity: Literal["channel", "tensor"]
     bias: Literal["int32", "float"]
     fold_weights: bool = True
-    add_inputs: Literal["both", "skip"]
+    add_inputs: Literal["both", "skip", "skip-activated"]
     shared_scales: tuple[Literal["add", "concat", "pool"], ...] = ()
     fixed_scales: tuple[Literal["sigmoid"], ...] = ()
     symmetric_matmul: bool = False

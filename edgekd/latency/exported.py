@@ -194,14 +194,18 @@ class Placement:
         return KINDS.get(op.kind) in FUSING and len(op.users) == 1
 
     def joins(self, op: Op) -> bool:
-        """A convolution that the sum behind it is fused into, see `placement.py`."""
-        if self.scheme.add_inputs != "skip" or len(op.users) != 1:
+        """A convolution, or its ReLU, that the sum behind it is fused into, see `placement.py`."""
+        if self.scheme.add_inputs == "both" or len(op.users) != 1:
             return False
         (add,) = op.users
         if self.kind(add) not in SUMS:
             return False
-        ends = (t for t in add.inputs if self.kind(t) == "conv" and len(t.users) == 1)
-        return next(ends, None) is op
+        return next(filter(self._takes_sum, add.inputs), None) is op
+
+    def _takes_sum(self, op: Op) -> bool:
+        activated = self.scheme.add_inputs == "skip-activated" and activation(op) in CLIPS
+        made = op.inputs[0] if activated else op
+        return self.kind(made) == "conv" and len(op.users) == len(made.users) == 1
 
     def gives_integers(self, op: Op) -> bool:
         """Whether a quantizer stands behind `op` for all that read it."""

@@ -245,17 +245,23 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no type
         return [t for t in args[:2] if not (kind in SUMS and self._joins(t))]
 
     def _joins(self, node: Node) -> bool:
-        """Whether `node` is the convolution that the residual Add behind it is fused into.
+        """Whether `node` is the convolution, or its ReLU, that the Add behind it is fused into.
 
         The main branch is the first term by convention; one convolution is fused, not two.
         """
-        if self.scheme.add_inputs != "skip" or len(node.users) != 1:
+        if self.scheme.add_inputs == "both" or len(node.users) != 1:
             return False
         (add,) = node.users
         if self._kind(add) not in SUMS:
             return False
-        ends = (t for t in arguments(add)[:2] if self._kind(t) == "conv" and len(t.users) == 1)
-        return next(ends, None) is node
+        return next(filter(self._takes_sum, arguments(add)[:2]), None) is node
+
+    def _takes_sum(self, node: Node) -> bool:
+        """Whether a convolution's kernel gives `node`, and may give the sum with it instead."""
+        made = node
+        if self.scheme.add_inputs == "skip-activated" and upper_bound(node) is not None:
+            made = arguments(node)[0]
+        return self._kind(made) == "conv" and len(node.users) == len(made.users) == 1
 
     def _wants_output(self, node: Node, kind: Kind) -> bool:
         if self.scheme.integer_outputs and all(map(_ends, node.users)):
