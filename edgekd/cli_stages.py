@@ -123,14 +123,17 @@ def distill(
 
     Example: edgekd distill --recipe my.toml --teacher wide --teacher theirs.onnx --out student
     """
-    from edgekd.pipeline import new_network
+    from edgekd.pipeline import new_network, trainable
     from edgekd.stages.distill import distill as verb
 
     given = _given(recipe, change)
     options = given.recipe.distill.model_dump()
     if not teacher:
         options["hints"] = ()
-    net = _load(student, trust) or new_network(given.recipe.student, given.data, given.recipe)
+    section = given.recipe.student
+    net = _load(student, trust) or trainable(
+        new_network(section, given.data, given.recipe), given.task, f"model {section.model}"
+    )
     inputs = {"distill": student, "teacher": teacher, "recipe": given.recipe.model_dump()}
     _stage(out, inputs, given, lambda run: verb(
         net, teacher=_teachers(teacher, trust), run=run, **given.learning, **options

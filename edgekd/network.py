@@ -168,6 +168,11 @@ class Network:
             ) from error
         if isinstance(out, Mapping):
             return tuple(out)
+        if not isinstance(out, Tensor | Sequence):
+            raise ModelError(
+                f"{type(self.module).__name__} gives a {type(out).__name__}; it has to give a "
+                "tensor, or a tuple or dict of tensors"
+            )
         count = 1 if isinstance(out, Tensor) else len(out)
         return ("output",) if count == 1 else tuple(f"output{i}" for i in range(count))
 

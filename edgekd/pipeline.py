@@ -17,7 +17,7 @@ import os
 import platform
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from edgekd.choosing.choice import Choice
 from edgekd.choosing.students import choose_student, multiple, with_choice
 from edgekd.data.base import Data, evaluation_batches
 from edgekd.data.readers import read_data
-from edgekd.errors import MissingPackageError, RecipeError, StateError
+from edgekd.errors import MissingPackageError, ModelError, RecipeError, StateError
 from edgekd.files import write_atomically
 from edgekd.latency.measuring import Measurement, host_name
 from edgekd.latency.profiles import imported_ms, profile_sha256
@@ -121,7 +121,12 @@ def task_and_data(recipe: Recipe) -> tuple[Task, Data]:
     """What a recipe's sections of these names say."""
     options = recipe.task.model_dump(exclude_unset=True, exclude={"name"})
     task = get_task(recipe.task.name, **options)
-    return task, read_data(**recipe.data.model_dump())
+    normalised = recipe.data.model_dump(include={"mean", "std"}, exclude_none=True)
+    data = read_data(**recipe.data.model_dump(exclude={"mean", "std"}))
+    if normalised:
+        known = data.preprocessing.model_copy(update=normalised)
+        data = replace(data, preprocessing=known)
+    return task, data
 
 
 def new_network(section: StudentSection, data: Data, recipe: Recipe) -> Network:
@@ -144,6 +149,23 @@ def new_network(section: StudentSection, data: Data, recipe: Recipe) -> Network:
         labels=data.classes,
         build=build.without_fetching(),
     )
+
+
+def trainable(net: Network, task: Task, name: str) -> Network:
+    """`net`, if its outputs are the task's, in evaluation and in training.
+
+    Raises:
+        ModelError: they are not; `name` is what the message calls it.
+    """
+    trial = net.copy()
+    for mode in ("evaluation", "training"):
+        trial.train_mode(mode == "training")
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=()):
+                task.check(trial.module(*trial.io.example(2)), net.io)
+        except Exception as error:  # a module may fail in any way
+            raise ModelError(f"{name}, in {mode}: {str(error).strip()}") from error
+    return net
 
 
 class _Run:
@@ -290,13 +312,26 @@ class _Run:
 
         def make(run: RunDir) -> Network:
             net = self._network(section)
+            if section.weights or section.brings_weights:
+                console.print(self._normalisation, markup=False)
             if not section.epochs:
                 return net
+            for later in (*self._teacher_sections, self.recipe.student):
+                if later is not section:
+                    self._network(later)  # what is wrong with it shows before any training
             return distill(
                 net, task=self.task, data=self.data, seed=self.recipe.seed, run=run, **options
             )
 
         return self._stage("teacher", self._inputs(section, options), make)
+
+    @property
+    def _normalisation(self) -> str:
+        known = self.data.preprocessing
+        said = f"  images are normalised by mean {known.mean}, std {known.std}"
+        if self.recipe.data.mean is None:
+            said += ", the data's; weights trained with others want data.mean and data.std"
+        return said
 
     def student(self, teachers: list[Node], **changes: Any) -> Node:
         """Distilled from the teachers; with `changes`, or without one, a control arm."""
@@ -404,7 +439,9 @@ class _Run:
         )  # fmt: skip
 
     def _network(self, section: StudentSection) -> Network:
-        return new_network(section, self.data, self.recipe)
+        return trainable(
+            new_network(section, self.data, self.recipe), self.task, f"model {section.model}"
+        )
 
     def _inputs(self, section: StudentSection, options: dict[str, Any]) -> dict[str, Any]:
         return {

@@ -42,7 +42,12 @@ class TaskSection(_Section):
 
 
 class DataSection(_Section):
-    """Where images come from; see `edgekd.data.readers.read_data`."""
+    """Where images come from; see `edgekd.data.readers.read_data`.
+
+    Attributes:
+        mean, std: per channel, for pixels from 0 to 1: what given weights were trained with. None:
+            those of the training images.
+    """
 
     source: str
     root: Path | None = None
@@ -52,9 +57,17 @@ class DataSection(_Section):
     augment: tuple[str, ...] = ()
     channels: Literal[1, 3] | None = None
     size: Count | tuple[Count, Count] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[Positive, ...] | None = None
     train: Count | None = None
     test: Count | None = None
     download: bool = True
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> DataSection:
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("mean and std go together; give both, or none")
+        return self
 
 
 class _Training(_Section):

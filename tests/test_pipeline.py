@@ -83,6 +83,18 @@ def plain(width):
         nn.Conv2d(1, width, 3, stride=2, padding=1), nn.BatchNorm2d(width), nn.ReLU(),
         nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * width, 4),
     )
+
+
+class Auxiliary(nn.Module):
+    """Two outputs in training, as GoogLeNet has them."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = plain(4)
+
+    def forward(self, x):
+        y = self.net(x)
+        return (y, y) if self.training else y
 '''
 RECIPE = """
 name = "tiny"
@@ -745,6 +757,49 @@ def test_weights_of_another_shape_are_named(project, tmp_path, calls, teacher_st
     torch.save({k: v for k, v in teacher_state.items() if k != "5.bias"}, path)
     with pytest.raises(ModelError, match=r"(?s)does not fit Sequential: .*5\.bias"):
         pipeline.run(with_teacher(project, path), out=tmp_path)
+
+
+def test_given_weights_get_images_as_the_recipe_normalises_them(
+    project, tmp_path, calls, teacher_state, capsys
+):
+    path = tmp_path / "teacher.safetensors"
+    save_file(teacher_state, path)
+    recipe = with_teacher(project, path)
+    pipeline.run(recipe, out=tmp_path / "data's")
+    said = " ".join(capsys.readouterr().err.split())
+    assert "images are normalised by mean (0.4,), std (0.25,), the data's" in said
+    other = Recipe.load(
+        project / "tiny.toml",
+        changes=("data.mean=[0.5]", "data.std=[0.1]", f"teacher.weights={path}",
+                 "teacher.epochs=0", *POST_TRAINING[:1]),
+    )  # fmt: skip
+    pipeline.run(other, out=tmp_path / "own")
+    assert "mean (0.5,), std (0.1,)" in " ".join(capsys.readouterr().err.split())
+    for folder in (tmp_path / "own" / "tiny").glob("*/spec.json"):
+        known = Network.load(folder.parent, trust=True).io.preprocessing
+        assert known is not None
+        assert (known.mean, known.std) == ((0.5,), (0.1,))
+    with pytest.raises(RecipeError, match="mean and std go together"):
+        load(project, "data.mean=[0.5]")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["student.kwargs.num_classes=5"], r"edgekd/resnet, in evaluation: it gives 5 scores; the "
+         "data has 4 classes"),
+        (["student.model=quadrants_source:Auxiliary", "student.kwargs={}"],
+         r"Auxiliary, in training: it gives a tuple of \(2, 4\), \(2, 4\); a classifier gives one"),
+        (["student.model=edgekd/resmet"], r"no model 'edgekd/resmet'"),
+        (["student.weights=nowhere.pt"], r"weights .*nowhere\.pt do not exist"),
+    ],
+)  # fmt: skip
+def test_a_student_that_will_not_do_is_found_before_the_teacher_is_trained(
+    project, tmp_path, calls, changes, message
+):
+    with pytest.raises(ModelError, match=message):
+        pipeline.run(load(project, *changes), out=tmp_path)
+    assert calls["distill"] == 0
 
 
 def test_a_recipe_without_a_teacher_is_refused(project, tmp_path, calls):

@@ -44,7 +44,7 @@ from edgekd.tasks.base import wilson_interval
 
 RESULT = Path(__file__).parents[1] / "docs" / "bench" / "ptq.json"
 CALIBRATION, LEARNT = 100, 200
-EPOCHS, BATCH, LR = 12, 20, 5e-4
+EPOCHS, BATCH, LR = 36, 20, 5e-4
 ORT, OPENVINO, VNNI = "host-onnxruntime", "intel-cpu", "intel-cpu-vnni"
 
 

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from edgekd.errors import RecipeError, nearest
 from edgekd.network import IO
@@ -84,6 +85,9 @@ class Task(Protocol):
     def of(self, io: IO, teachers: Sequence[IO | None] = ()) -> Task:
         """This task for the outputs of networks with that IO, taught by those with theirs."""
 
+    def check(self, outputs: Any, io: IO) -> None:
+        """Raise a ModelError if a batch of outputs is none of this task, for the labels of `io`."""
+
     def answers(self, outputs: Any) -> Any:
         """What a batch of outputs says, without gradient: a tensor, a tuple or a dict of them."""
 
@@ -134,6 +138,15 @@ def get_task(name: str, **options: Any) -> Task:
         if option not in known:
             raise RecipeError(f"{name} has no option {option!r}{nearest(option, known)}")
     return tasks[name](**options)
+
+
+def described(outputs: Any) -> str:
+    """What a network gave, for messages."""
+    if isinstance(outputs, Tensor):
+        return f"a tensor of {tuple(outputs.shape)}, {str(outputs.dtype).removeprefix('torch.')}"
+    found = tree_leaves(outputs)
+    shapes = [str(tuple(y.shape)) if isinstance(y, Tensor) else type(y).__name__ for y in found]
+    return f"a {type(outputs).__name__} of {', '.join(shapes) or 'nothing'}"
 
 
 def top1_agreement(a: Tensor, b: Tensor) -> float:

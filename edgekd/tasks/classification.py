@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from edgekd.errors import ModelError
 from edgekd.knowledge.response import Response
 from edgekd.network import IO
 from edgekd.tasks.base import (
     Difference,
     Mark,
     Score,
+    described,
     paired_difference,
     top1_agreement,
     wilson_interval,
@@ -37,6 +40,24 @@ class Classification:
     def of(self, io: IO, teachers: Sequence[IO | None] = ()) -> Classification:
         """Itself: all classifiers give scores."""
         return self
+
+    def check(self, outputs: Any, io: IO) -> None:
+        """One tensor of as many scores as there are labels.
+
+        Raises:
+            ModelError: it is another one, or none.
+        """
+        scores = isinstance(outputs, Tensor) and outputs.dim() == 2 and outputs.is_floating_point()
+        if not scores:
+            raise ModelError(
+                f"it gives {described(outputs)}; a classifier gives one float tensor (N, K): wrap "
+                "it in a module that returns its scores, or turn auxiliary outputs off"
+            )
+        if io.labels and outputs.shape[1] != len(io.labels):
+            raise ModelError(
+                f"it gives {outputs.shape[1]} scores; the data has {len(io.labels)} classes: give "
+                f"kwargs that make it {len(io.labels)} (num_classes, mostly)"
+            )
 
     def answers(self, outputs: Tensor) -> Tensor:
         """The (N, K) scores as they are."""

@@ -153,6 +153,20 @@ class Detection:
             teachers=tuple(Taught.by(their, io.labels, decoding) for their in teachers),
         )  # fmt: skip
 
+    def check(self, outputs: Any, io: IO) -> None:
+        """Raw heads that the network's decoding fits, for as many classes as there are labels.
+
+        Raises:
+            ModelError: they are others.
+        """
+        decoding = _known(io.decoding)
+        found = heads(outputs, decoding)[0].shape[-1] - decoding.background
+        if io.labels and found != len(io.labels):
+            raise ModelError(
+                f"it has {found} classes; the data has {len(io.labels)}: give kwargs that make it "
+                f"{len(io.labels)} (num_classes, mostly)"
+            )
+
     def answers(self, outputs: Any) -> Tensor:
         """(N, D, 6) detections, see `edgekd.tasks.decoding.detect`."""
         with torch.no_grad():

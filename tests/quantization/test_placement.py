@@ -423,6 +423,27 @@ def test_of_a_residual_add_the_skip_alone(
     assert quantized_activations(inside) == [*expected, f"conv2d_{len(expected) - 1}"]
 
 
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        # OpenVINO takes the sum into a convolution with a ReLU too
+        (lambda m, x: m.b(F.relu(m.a(x)) + x), ["x", "add"]),
+        (lambda m, x: m.b(x + F.relu(m.a(x))), ["x", "add"]),
+        (lambda m, x: m.b(m.a(x) + x), ["x", "add"]),
+        # one of two; and none whose numbers are read elsewhere as well
+        (lambda m, x: m.b(F.relu(m.a(x)) + F.relu(m.depthwise(x))), ["x", "relu_1", "add"]),
+        (lambda m, x: m.b((y := F.relu(m.a(x))) + y.flip(1)), ["x", "relu", "flip", "add"]),
+    ],
+)
+def test_of_an_add_behind_a_relu_the_skip_alone(
+    function: Function, expected: list[str], scheme: QuantScheme
+):
+    skip = scheme.model_copy(update={"add_inputs": "skip-activated"})
+    graph = place(graph_of(function, (4, 8, 8)), skip)
+    assert quantized_activations(graph)[: len(expected)] == expected
+    assert len(quantized_activations(graph)) == len(expected) + 1  # and the network's output
+
+
 def test_a_convolution_over_few_pooled_channels_stays_in_float_on_request(scheme: QuantScheme):
     few = scheme.model_copy(update={"least_pooled_channels": 5})
     for shape, quantized in (((4, 1, 1), []), ((4, 8, 8), ["x", "conv2d"])):

@@ -271,6 +271,37 @@ def test_openvinos_operators_are_exact_and_a_kernel_that_showing_unfuses_is_told
             assert_sound(found)
 
 
+class Pyramid(nn.Module):
+    """Two scales joined as a feature pyramid joins them: a ReLU in front of the Add."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.deep = nn.Conv2d(1, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1)
+        self.lateral, self.head = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 3, 1, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x).relu()
+        up = F.interpolate(self.deep(x).relu(), scale_factor=2)
+        return self.head(self.lateral(x).relu() + up)
+
+
+def test_openvino_takes_a_sum_into_a_convolution_and_its_relu(tmp_path: Path):
+    pytest.importorskip("openvino")
+    torch.manual_seed(0)
+    target = Target.load("intel-cpu")
+    x = torch.randn(4, 1, 32, 32)
+    assert target.scheme is not None
+    for add_inputs, same in (("skip-activated", True), ("skip", False)):
+        scheme = target.scheme.model_copy(update={"add_inputs": add_inputs})
+        here = target.model_copy(update={"scheme": scheme})
+        net = quantize(Network(Pyramid(), x[:1]), target=here, data=[x], accelerator="cpu")
+        path = export(net, target=here, out=tmp_path / add_inputs).path
+        session = get_runtime("openvino").load(path, threads=1)
+        found = local_parity(net, [x], written=None, shipped=session).passes["as shipped"]
+        assert any("unfused" in cause for cause in found.causes) != same
+        assert found.max_steps <= 1
+
+
 # ---- what is wrong is found where it is ----------------------------------------------------------
 
 
