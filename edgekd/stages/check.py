@@ -54,7 +54,8 @@ def check(path: str | Path, *, target: str | Target) -> Check:
     The file is read, not run: of its weights only those are looked at that quantizers concern.
 
     Raises:
-        ModelError: `path` is no ONNX file at all, or not of tensors of numbers.
+        ModelError: `path` is no ONNX file at all, or has strings or sequences, and no operator
+            for which the device refuses it anyway.
         TargetError: there is no such target, or it does not read ONNX.
         OSError: `path` cannot be read.
     """
@@ -70,8 +71,10 @@ def check(path: str | Path, *, target: str | Target) -> Check:
     if broken := tuple(_missing_data(proto, path.parent)) or tuple(_invalid(proto)):
         return Check(**facts, findings=broken)
     model = _graph(proto, path.parent)
-    require_tensors(model)
-    return Check(**facts, findings=tuple(findings(model, target)))
+    found = Check(**facts, findings=tuple(findings(model, target)))
+    if found.passed:
+        require_tensors(model)
+    return found
 
 
 def _read(path: Path) -> onnx.ModelProto:

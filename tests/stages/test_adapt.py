@@ -285,17 +285,27 @@ def test_what_noise_cannot_run_is_one_line_with_the_shapes(tmp_path: Path):
     assert "\n" not in str(found.value)
 
 
+STRINGS = "(string[2] x) => (string[2] y) { y = Identity(x) }"
+
+
 @pytest.mark.parametrize(("text", "says"), [
-    ("(string[2] x) => (string[2] y) { y = Identity(x) }", "x holds strings; devices take"),
-    ("(float[1, 3] x) => (seq(float[1, 3]) y) { y = SequenceConstruct(x) }", r"y is a Sequence\("),
+    (STRINGS, "x holds strings; devices take tensors"),
+    ('(float[2] x) => (float[2] y, string[1] z) <string[1] w = {"a"}>'
+     " { y = Relu(x) z = Identity(w) }", "w holds strings"),
+    ("(float[2] x) => (seq(float[2]) y) { y = SequenceConstruct(x) }", r"y is a Sequence\("),
 ])  # fmt: skip
 def test_what_are_no_tensors_of_numbers_is_refused(text: str, says: str, tmp_path: Path):
     path = written(text, tmp_path / "m.onnx")
     for target in ("host-onnxruntime", "jetson-orin-nano"):
         with pytest.raises(ModelError, match=says):
             adapt(path, target=target, out=tmp_path / "a")
-        with pytest.raises(ModelError, match=says):
-            check(path, target=target)
+    with pytest.raises(ModelError, match=says):
+        check(path, target="host-onnxruntime")
+
+
+def test_a_device_without_strings_names_the_operator(tmp_path: Path):
+    found = check(written(STRINGS, tmp_path / "m.onnx"), target="jetson-orin-nano").errors
+    assert [(f.rule, f.found) for f in found] == [("type", "Identity of STRING")]
 
 
 def test_what_openvino_cannot_convert_is_one_line(tmp_path: Path):
