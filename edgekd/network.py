@@ -111,6 +111,9 @@ class Network:
             `box_decoding(height, width)` says, if it has one.
         build: the factory that rebuilds the module; without one, `load` needs `module=`.
 
+    Raises:
+        ModelError: the module fails on the example inputs, or on two of the one sample in them.
+
     Example:
         >>> import torch, edgekd
         >>> net = edgekd.Network(torch.nn.Conv2d(3, 8, 3), torch.zeros(1, 3, 16, 16))
@@ -158,13 +161,19 @@ class Network:
     def _output_names(self, examples: tuple[Tensor, ...]) -> tuple[str, ...]:
         if any(parameter.is_meta for parameter in self.module.parameters()):
             return ()  # shapes alone: it is priced, and never run
+        given, remedy = examples, ""
         try:
             with eval_mode(self.module), torch.no_grad():
                 out = self.module(*examples)
+                if any(len(x) == 1 for x in examples):
+                    given = tuple(torch.cat([x, x]) for x in examples)
+                    remedy = "; it fixes the batch at 1: use x.size(0) or flatten(1)"
+                    self.module(*given)
         except Exception as error:
-            shapes = [tuple(x.shape) for x in examples]
+            shapes = [tuple(x.shape) for x in given]
             raise ModelError(
                 f"{type(self.module).__name__} fails on the example inputs {shapes}: {error}"
+                f"{remedy}"
             ) from error
         if isinstance(out, Mapping):
             return tuple(out)

@@ -109,6 +109,16 @@ def test_a_module_that_fails_on_its_examples_is_refused():
         Network(nn.Conv2d(3, 4, 1), torch.zeros(1, 2, 8, 8))
 
 
+def test_a_module_for_one_sample_only_is_refused():
+    class One(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.view(1, -1))
+
+    message = r"One fails on .*\[\(2, 8\)\]: .*it fixes the batch at 1: use x\.size\(0\)"
+    with pytest.raises(ModelError, match=message):
+        Network(One(8, 4), torch.zeros(1, 8))
+
+
 def test_a_copy_is_independent(trained: Network):
     other = trained.copy()
     before = {name: t.clone() for name, t in trained.state().items()}

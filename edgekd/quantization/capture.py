@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from edgekd.errors import ModelError
 from edgekd.quantization.canonical import canonicalize
@@ -97,7 +98,8 @@ def capture(module: nn.Module, example_inputs: Sequence[Tensor]) -> GraphModule:
             graph work for 1 only.
 
     Raises:
-        ModelError: `torch.export` cannot capture it; the message carries the line it names.
+        ModelError: `torch.export` cannot capture it; the message carries the line it names. Or
+            it computes with the example's batch as a number, and would run with no other.
     """
     if any(x.shape[0] < 2 for x in example_inputs):
         raise ModelError(
@@ -117,14 +119,18 @@ def capture(module: nn.Module, example_inputs: Sequence[Tensor]) -> GraphModule:
 
 
 def _export(module: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
-    """`torch.export` with a dynamic first dimension."""
+    """`torch.export` with a dynamic first dimension.
+
+    Raises:
+        ModelError: it fails, or the module fixes that dimension.
+    """
     dynamic = tuple({0: Dim.AUTO} for _ in inputs)
     quiet = logging.getLogger("torch.fx.experimental.symbolic_shapes")
     level = quiet.level
     quiet.setLevel(logging.ERROR)
     try:
         with torch.no_grad():
-            return torch.export.export(module, inputs, dynamic_shapes=dynamic, strict=False)
+            program = torch.export.export(module, inputs, dynamic_shapes=dynamic, strict=False)
     except Exception as error:  # torch.export raises a dozen unrelated types
         raise ModelError(
             f"{type(module).__name__} cannot be captured by torch.export{_line_of(error)}: "
@@ -134,6 +140,14 @@ def _export(module: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export.Expor
         ) from error
     finally:
         quiet.setLevel(level)
+    given = program.graph_signature.user_inputs
+    for node in program.graph.find_nodes(op="placeholder"):
+        if node.name in given and is_concrete_int(batch := node.meta["val"].shape[0]):
+            raise ModelError(
+                f"{type(module).__name__} fixes the batch at {batch} (by int(x.shape[0]), len(x), "
+                "or a view with a number): use x.size(0) or flatten(1)"
+            )
+    return program
 
 
 def _line_of(error: Exception) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgekd.errors import MissingPackageError, StateError
+from edgekd.errors import MissingPackageError, StateError, TargetError
 from edgekd.network import Network
 from edgekd.runtimes.base import Arrays, in_batches
 from edgekd.runtimes.integer_ends import KEY, IntegerEnds
@@ -32,13 +32,25 @@ def _openvino() -> Any:
 
 
 def write_ir(exported: ir.Model, path: Path, *, half: bool) -> dict[str, str]:
-    """An ONNX model as `.xml` and `.bin`, float weights in FP16 if `half`; the tools' versions."""
+    """An ONNX model as `.xml` and `.bin`, float weights in FP16 if `half`; the tools' versions.
+
+    Raises:
+        TargetError: OpenVINO has no conversion for an operator.
+    """
     openvino = _openvino()
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "model.onnx"
         own_zero_points(exported)
         versions = save_onnx(exported, source)
-        model = openvino.convert_model(source)
+        try:
+            model = openvino.convert_model(source)
+        except Exception as error:  # OpenVINO's own types share no base but this
+            lines = str(error).strip().splitlines()
+            said = "; ".join(x[3:] for x in lines if x.startswith("-- ")) or " ".join(lines)
+            raise TargetError(
+                f"OpenVINO {OpenVino().version()} cannot convert the file: {said}; use other "
+                "operators, Q/DQ ones around float layers where it is quantized"
+            ) from None
         if KEY in exported.metadata_props:
             model.set_rt_info(exported.metadata_props[KEY], KEY)
         try:

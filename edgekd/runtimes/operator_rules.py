@@ -107,7 +107,7 @@ def size_mib(graph: Graph) -> tuple[float, float]:
 
 
 def _bytes(value: ir.Value) -> int:
-    if value.shape is None or value.dtype is None:
+    if value.shape is None or value.dtype is None or value.dtype == ir.DataType.STRING:
         return 0
     count = 1
     for size in value.shape.dims:

@@ -15,6 +15,7 @@ from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 from pydantic import BaseModel, ConfigDict
 
 from edgekd.errors import ModelError
+from edgekd.runtimes.onnx_values import require_tensors
 from edgekd.runtimes.operator_tables import operator_table
 from edgekd.runtimes.rule import Finding
 from edgekd.runtimes.rules import findings
@@ -53,7 +54,8 @@ def check(path: str | Path, *, target: str | Target) -> Check:
     The file is read, not run: of its weights only those are looked at that quantizers concern.
 
     Raises:
-        ModelError: `path` is no ONNX file at all.
+        ModelError: `path` is no ONNX file at all, or has strings or sequences, and no operator
+            for which the device refuses it anyway.
         TargetError: there is no such target, or it does not read ONNX.
         OSError: `path` cannot be read.
     """
@@ -68,7 +70,11 @@ def check(path: str | Path, *, target: str | Target) -> Check:
     }
     if broken := tuple(_missing_data(proto, path.parent)) or tuple(_invalid(proto)):
         return Check(**facts, findings=broken)
-    return Check(**facts, findings=tuple(findings(_graph(proto, path.parent), target)))
+    model = _graph(proto, path.parent)
+    found = Check(**facts, findings=tuple(findings(model, target)))
+    if found.passed:
+        require_tensors(model)
+    return found
 
 
 def _read(path: Path) -> onnx.ModelProto:

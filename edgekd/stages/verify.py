@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from edgekd.data.base import BatchSource, evaluation_batches
-from edgekd.errors import DataError, MissingPackageError
+from edgekd.errors import DataError, MissingPackageError, StateError
 from edgekd.network import IO, Network
 from edgekd.quantization.fake_quant import FakeQuant
 from edgekd.quantization.placement import intended_matrix_ops
@@ -109,7 +109,12 @@ def verify(
         local_exact: least share of elements that each quantized operator gives exactly, of the
             runtime's own inputs, or `Runtime.exact` where that is less; none may be off by more
             than 1 step. See `local_parity`.
+
+    Raises:
+        StateError: the artifact is in integers and `net` is not, or the other way round.
+        DataError: no batch, or its inputs have other shapes than the network's.
     """
+    _check_kinds(artifact, net)
     target = Target.load(artifact.target)
     emulated = target.verifier == "emulated"
     common: dict[str, Any] = {"target": target.name, "precision": artifact.precision}
@@ -212,6 +217,28 @@ def verifying_session(artifact: Artifact, target: Target) -> Session:
     return runtime.load(artifact.path, threads=torch.get_num_threads(), emulated=plain)
 
 
+def _check_kinds(artifact: Artifact, net: Network) -> None:
+    """Refuse a float network beside an INT8 artifact, and a quantized one beside a float file."""
+    integers, quantized = artifact.precision == "int8", net.scheme is not None
+    if integers != quantized:
+        remedy = "a quantize-... folder" if integers else "a distill-... or prune-... folder"
+        raise StateError(
+            f"{artifact.path} is {artifact.precision}; the network beside it is "
+            f"{'quantized' if quantized else 'float'}: give the one that it was exported from, "
+            f"{remedy}"
+        )
+
+
+def _check_shapes(inputs: tuple[Tensor, ...], io: IO) -> None:
+    """Refuse data of another size than the network's."""
+    for x, each in zip(inputs, io.inputs, strict=True):
+        if tuple(x.shape[1:]) != each.shape:
+            raise DataError(
+                f"{each.name}: samples of the data are {tuple(x.shape[1:])}; the network takes "
+                f"{each.shape}: give the data that it was trained for (in a recipe: data.size)"
+            )
+
+
 def _local_failures(local: LocalParity, least: float) -> list[str]:
     """Why an artifact fails local parity."""
     failures = []
@@ -253,6 +280,7 @@ def _run_both(
     with torch.no_grad(), Progress("verifying", None) as progress:
         for batch in evaluation_batches(data):
             inputs, wanted = net.io.divide(batch)
+            _check_shapes(inputs, net.io)
             first = first or inputs
             ours.append(_as_arrays(net(*inputs)))
             theirs.append(session([x.numpy() for x in inputs]))

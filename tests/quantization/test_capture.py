@@ -304,3 +304,41 @@ def test_a_branch_on_values_is_refused_with_torchs_reason():
     line = r"test_capture.py:\d+, in branch: `return F.relu\(x\) if x.sum\(\) > 0 else x`"
     with pytest.raises(ModelError, match=rf"(?s)Made cannot be .*{line}.*data-dependent.*branches"):
         capture(Made(branch), (torch.zeros(2, 3),))
+
+
+def of_a_number(m: Made, x: Tensor) -> Tensor:
+    return m.linear(x.view(int(x.shape[0]), -1))
+
+
+def one_by_one(m: Made, x: Tensor) -> Tensor:
+    return torch.cat([m.linear(x[i : i + 1].flatten(1)) for i in range(len(x))])
+
+
+def in_pairs(m: Made, x: Tensor) -> Tensor:
+    return m.linear(x.view(2, -1))
+
+
+@pytest.mark.parametrize("function", [of_a_number, one_by_one, in_pairs])
+def test_a_fixed_batch_is_refused(function: Callable[[Any, Tensor], Tensor]):
+    module = Made(function, linear=nn.Linear(12, 4))
+    with pytest.raises(ModelError, match=r"Made fixes the batch at 2 \(by .*: use x\.size\(0\) or"):
+        capture(module, (torch.zeros(2, 3, 4),))
+
+
+def test_a_fixed_batch_of_the_second_input_is_refused():
+    class Two(nn.Module):
+        def forward(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+            return a + 1, b.view(3, -1)
+
+    with pytest.raises(ModelError, match="Two fixes the batch at 3"):
+        capture(Two(), (torch.zeros(2, 3), torch.zeros(3, 4)))
+
+
+def test_a_batch_that_is_read_as_a_size_stays_dynamic():
+    def sized(m: Made, x: Tensor) -> Tensor:
+        return m.linear(x.reshape(x.shape[0], 12)) + torch.zeros(x.size(0), 1)
+
+    module = Made(sized, linear=nn.Linear(12, 4))
+    graph = capture(module, (torch.zeros(2, 3, 4),))
+    x = torch.randn(5, 3, 4)
+    torch.testing.assert_close(graph(x), module(x))

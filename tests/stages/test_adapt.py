@@ -20,7 +20,8 @@ from edgekd.errors import ModelError, StateError, TargetError
 from edgekd.runtimes.base import Artifact
 from edgekd.runtimes.operator_tables import operator_table
 from edgekd.runtimes.weight_form import float_weights, integer_weights
-from edgekd.stages.adapt import adapt
+from edgekd.stages.adapt import _apart, adapt
+from edgekd.stages.check import check
 from edgekd.target import Target
 
 RNG = np.random.default_rng(0)
@@ -89,8 +90,9 @@ def test_an_old_file_of_any_size_gets_the_shape_that_a_device_needs(tmp_path: Pa
     nodes = "{ c = Conv<pads = [1, 1, 1, 1]>(x, w) s = Shape(c) r = Relu(c) y = Reshape(r, s) }"
     path = tmp_path / "old.onnx"
     onnx.save(model_of(nodes, {"w": W}, 11, "H, W"), path)
-    with pytest.raises(TargetError, match=r"needs the shape of input 'x', .*--shape x=1x3x224x224"):
-        adapt(path, target="ios-coreml-ort", out=tmp_path / "ios")
+    for target in ("ios-coreml-ort", "host-onnxruntime", "intel-cpu", "jetson-nano"):
+        with pytest.raises(ModelError, match=r"shape of input 'x', .*: give --shape x=1x3x224x224"):
+            adapt(path, target=target, out=tmp_path / "ios")
     artifact, error = adapt(
         path, target="ios-coreml-ort", out=tmp_path / "ios", shapes={"x": (1, 3, 8, 8)}
     )
@@ -180,6 +182,63 @@ def test_a_target_gets_its_form_of_weights(target: str, form: list[bool], tmp_pa
     assert np.array_equal(run(artifact.path), run(path))
 
 
+# a weight in integers, of a file with neither Q nor DQ
+DYNAMIC = """{
+    xq, xs, xz = DynamicQuantizeLinear(x) c = ConvInteger<pads = [1, 1, 1, 1]>(xq, w, xz)
+    f = Cast<to = 1>(c) y = Mul(f, xs)
+}"""
+
+
+def test_integer_operators_are_int8(tmp_path: Path):
+    path = tmp_path / "q.onnx"
+    onnx.save(model_of(DYNAMIC, {"w": STORED}, 18, "8, 8"), path)
+    artifact, error = adapt(path, target="host-onnxruntime", out=tmp_path / "out")
+    assert (artifact.precision, error) == ("int8", 0.0)
+    with pytest.raises(TargetError, match="jetson-nano runs no integers"):
+        adapt(path, target="jetson-nano", out=tmp_path / "nano")
+
+
+def test_weights_in_half_precision_are_fp16(tmp_path: Path):
+    path = tmp_path / "half.onnx"
+    nodes = "{ h = Cast<to = 10>(x) c = Conv<pads = [1, 1, 1, 1]>(h, w) y = Cast<to = 1>(c) }"
+    onnx.save(model_of(nodes, {"w": W.astype(np.float16)}, 18, "8, 8"), path)
+    artifact, error = adapt(path, target="host-onnxruntime", out=tmp_path / "out")
+    assert (artifact.precision, error) == ("fp16", 0.0)
+    assert Artifact.load(tmp_path / "out") == artifact
+    onnx.save(model_of("{ y = Conv<pads = [1, 1, 1, 1]>(x, w) }", {"w": W}, 18, "8, 8"), path)
+    assert adapt(path, target="host-onnxruntime", out=tmp_path / "f")[0].precision == "fp32"
+
+
+# ---- numbers that are none ---------------------------------------------------------------------
+
+
+def test_what_is_not_finite_in_both_is_equal(tmp_path: Path):
+    nodes = "{ c = Conv<pads = [1, 1, 1, 1]>(x, w) z = Sub(c, c) r = Log(c) d = Div(c, z) "
+    for last in ("y = Identity(r)", "y = Identity(d)"):  # of negative numbers; ±∞
+        path = tmp_path / "log.onnx"
+        onnx.save(model_of(f"{nodes} {last} }}", {"w": W}, 18, "8, 8"), path)
+        assert not np.isfinite(run(path)).all()
+        assert adapt(path, target="host-onnxruntime", out=tmp_path / "out")[1] == 0.0
+
+
+def test_differences_are_numpys():
+    nan, inf = np.nan, np.inf
+    assert _apart(np.array([nan, inf, -inf, 4.0]), np.array([nan, inf, -inf, 3.0])) == 0.25
+    assert _apart(np.array([True, False]), np.array([True, True])) == 1.0
+    assert _apart(np.array([inf, 1.0]), np.array([-inf, 1.0])) == inf
+    assert np.isnan(_apart(np.array([nan, 1.0]), np.array([0.0, 1.0])))
+    assert np.isnan(_apart(np.array([0.0, 1.0]), np.array([nan, 1.0])))
+
+
+def test_a_nan_in_a_later_output_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    found = iter([[X, X], [X, X * np.float32(np.nan)]])
+    monkeypatch.setattr("edgekd.stages.adapt._outputs", lambda *_: next(found))
+    path = tmp_path / "relu.onnx"
+    onnx.save(model_of("{ y = Conv<pads = [1, 1, 1, 1]>(x, w) }", {"w": W}, 18, "8, 8"), path)
+    with pytest.raises(TargetError, match="differs from the source by nan"):
+        adapt(path, target="host-onnxruntime", out=tmp_path / "out")
+
+
 # ---- refusals --------------------------------------------------------------------------------
 
 
@@ -206,6 +265,65 @@ def test_other_numbers_are_refused(floats: Path, tmp_path: Path, monkeypatch: py
     with pytest.raises(TargetError, match=r"differs from the source by 0\.0.*0\.0001 is allowed"):
         adapt(floats, target="host-onnxruntime", out=tmp_path / "a")
     assert not (tmp_path / "a").exists()
+
+
+def written(text: str, path: Path, **weights: NDArray[Any]) -> Path:
+    model = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : 18]> g {text}')
+    model.graph.initializer.extend(numpy_helper.from_array(a, n) for n, a in weights.items())
+    onnx.save(model, path)
+    return path
+
+
+def test_what_noise_cannot_run_is_one_line_with_the_shapes(tmp_path: Path):
+    table = RNG.normal(size=(1, 5)).astype(np.float32)  # of one row: index 1 is outside
+    text = "(int64[N, 4] x) => (float[N, 4, 5] y) { y = Gather(w, x) }"
+    path = written(text, tmp_path / "embed.onnx", w=table)
+    with pytest.raises(
+        ModelError, match=r"noise of x=1x4 \(.*out of data bounds.*--shape"
+    ) as found:
+        adapt(path, target="host-onnxruntime", out=tmp_path / "a")
+    assert "\n" not in str(found.value)
+
+
+STRINGS = "(string[2] x) => (string[2] y) { y = Identity(x) }"
+
+
+@pytest.mark.parametrize(("text", "says"), [
+    (STRINGS, "x holds strings; devices take tensors"),
+    ('(float[2] x) => (float[2] y, string[1] z) <string[1] w = {"a"}>'
+     " { y = Relu(x) z = Identity(w) }", "w holds strings"),
+    ("(float[2] x) => (seq(float[2]) y) { y = SequenceConstruct(x) }", r"y is a Sequence\("),
+])  # fmt: skip
+def test_what_are_no_tensors_of_numbers_is_refused(text: str, says: str, tmp_path: Path):
+    path = written(text, tmp_path / "m.onnx")
+    for target in ("host-onnxruntime", "jetson-orin-nano"):
+        with pytest.raises(ModelError, match=says):
+            adapt(path, target=target, out=tmp_path / "a")
+    with pytest.raises(ModelError, match=says):
+        check(path, target="host-onnxruntime")
+
+
+def test_a_device_without_strings_names_the_operator(tmp_path: Path):
+    found = check(written(STRINGS, tmp_path / "m.onnx"), target="jetson-orin-nano").errors
+    assert [(f.rule, f.found) for f in found] == [("type", "Identity of STRING")]
+
+
+def test_what_openvino_cannot_convert_is_one_line(tmp_path: Path):
+    pytest.importorskip("openvino")
+    model = onnx.parser.parse_model("""
+        <ir_version: 8, opset_import: ["" : 18, "com.microsoft" : 1]>
+        g (float[1, 4] x) => (float[1, 4] y)
+        <float s = {0.1}, int8 z = {0}> {
+            q = QuantizeLinear(x, s, z) p = com.microsoft.QGemm(q, s, z, w, s, z, b, s, z)
+            y = DequantizeLinear(p, s, z)
+        }""")
+    stored = {"w": np.eye(4, dtype=np.int8), "b": np.zeros(4, np.int32)}
+    model.graph.initializer.extend(numpy_helper.from_array(a, n) for n, a in stored.items())
+    path = tmp_path / "gemm.onnx"
+    onnx.save(model, path)
+    with pytest.raises(TargetError, match=r"OpenVINO .* cannot convert .*QGemm; use") as found:
+        adapt(path, target="intel-cpu", out=tmp_path / "ov")
+    assert "\n" not in str(found.value)
 
 
 # ---- the command -----------------------------------------------------------------------------

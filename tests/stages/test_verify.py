@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from edgekd.errors import DataError, MissingPackageError
+from edgekd.errors import DataError, MissingPackageError, StateError
 from edgekd.network import Network
 from edgekd.runtimes import onnxruntime
 from edgekd.runtimes.base import Artifact
@@ -356,3 +356,20 @@ def test_another_devices_artifact_is_emulated(
 def test_no_samples_no_parity(fp32_artifact: Artifact, trained: Network):
     with pytest.raises(DataError, match="no batch"):
         verify(fp32_artifact, trained, data=[])
+
+
+def test_an_artifact_of_another_kind_than_the_network_is_refused(
+    int8_artifact: Artifact, fp32_artifact: Artifact, trained: Network, quantized: Network
+):
+    message = r"model\.onnx is int8; the network beside it is float: .*a quantize-\.\.\. folder"
+    with pytest.raises(StateError, match=message):
+        verify(int8_artifact, trained, data=[])
+    message = r"model\.onnx is fp32; the network beside it is quantized: .* a distill-\.\.\. or"
+    with pytest.raises(StateError, match=message):
+        verify(fp32_artifact, quantized, data=[])
+
+
+def test_images_of_another_size_are_refused(fp32_artifact: Artifact, trained: Network):
+    message = r"input: samples of the data are \(3, 8, 16\); the network takes \(3, 16, 16\): "
+    with pytest.raises(DataError, match=message):
+        verify(fp32_artifact, trained, data=[torch.zeros(4, 3, 8, 16)])
