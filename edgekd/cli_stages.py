@@ -60,10 +60,10 @@ def _given(recipe: str, changes: list[str] | None) -> _Given:
     return _Given(loaded, *task_and_data(loaded))
 
 
-def _load(folder: Path | None, trust: bool) -> Any:
+def _load(folder: Path, trust: bool) -> Any:
     from edgekd.network import Network
 
-    return None if folder is None else Network.load(folder, trust=trust)
+    return Network.load(folder, trust=trust)
 
 
 def _teachers(paths: list[Path] | None, trust: bool) -> Any:
@@ -74,10 +74,23 @@ def _teachers(paths: list[Path] | None, trust: bool) -> Any:
     ] or None
 
 
+def _contents(path: Path) -> dict[str, str]:
+    """File -> SHA-256 of a network's folder, or of an ONNX file: they may change in place."""
+    from edgekd.models.build import weights_sha256
+
+    onnx = path.suffix == ".onnx"
+    files = [path] if onnx else [path / "spec.json", path / "weights.safetensors"]
+    return {str(file): weights_sha256(file) for file in files}
+
+
 def _stage(
     out: Path, inputs: dict[str, Any], given: _Given | None, make: Callable[[Any], Any]
 ) -> None:
-    """Make the network in `out`, resuming the same command, and say what came out."""
+    """Make the network in `out`, resuming the same command, and say what came out.
+
+    Args:
+        inputs: what the network comes from besides what the recipe says, with its contents.
+    """
     from edgekd.files import write_atomically
     from edgekd.rundir import RunDir
     from edgekd.training import evaluate, fabric
@@ -85,12 +98,15 @@ def _stage(
     run = RunDir(out)
     if run.done() is not None:
         raise StateError(f"{out} holds a finished stage; give another folder, or remove it")
+    if given is not None:
+        inputs |= {"recipe": given.recipe.model_dump(), "data": given.data.fingerprint}
     text = json.dumps(inputs, sort_keys=True, default=str)
     started = out / "inputs.json"
-    if started.exists() and started.read_text() != text:
+    begun = started.exists() and (out / "last.ckpt").exists()  # before it there is nothing to keep
+    if begun and started.read_text() != text:
         raise StateError(
-            f"{out} holds a stage that was begun with other options; give another folder, or "
-            "remove it"
+            f"{out} holds a stage that was begun with other options, networks or data; give "
+            "another folder, or remove it"
         )
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(started, text)
@@ -123,6 +139,7 @@ def distill(
 
     Example: edgekd distill --recipe my.toml --teacher wide --teacher theirs.onnx --out student
     """
+    from edgekd.models.build import source_sha256, weights_sha256
     from edgekd.pipeline import new_network, trainable
     from edgekd.stages.distill import distill as verb
 
@@ -130,13 +147,19 @@ def distill(
     options = given.recipe.distill.model_dump()
     if not teacher:
         options["hints"] = ()
-    section = given.recipe.student
-    net = _load(student, trust) or trainable(
-        new_network(section, given.data, given.recipe), given.task, f"model {section.model}"
-    )
-    inputs = {"distill": student, "teacher": teacher, "recipe": given.recipe.model_dump()}
+    made: dict[str, Any]  # what the student is made of
+    if student is not None:
+        net, made = _load(student, trust), _contents(student)
+    else:
+        section = given.recipe.student
+        net = new_network(section, given.data, given.recipe)
+        made = {"source": source_sha256(section.build())}
+        made["weights"] = None if section.weights is None else weights_sha256(section.weights)
+    trainable(net, given.task, "the student")
+    teachers = _teachers(teacher, trust)
+    inputs = {"distill": made, "teacher": [_contents(path) for path in teacher or ()]}
     _stage(out, inputs, given, lambda run: verb(
-        net, teacher=_teachers(teacher, trust), run=run, **given.learning, **options
+        net, teacher=teachers, run=run, **given.learning, **options
     ))  # fmt: skip
 
 
@@ -182,10 +205,12 @@ def prune(
     if round_to is not None:
         options["round_to"] = round_to
     net = _load(network, trust)
+    teachers = _teachers(teacher, trust)
     plain = {name: value for name, value in options.items() if name not in ("task", "data")}
-    inputs = {"prune": network, "teacher": teacher, "target": target, "options": plain}
+    inputs = {"prune": _contents(network), "teacher": [_contents(path) for path in teacher or ()],
+              "target": target, "options": plain}  # fmt: skip
     _stage(out, inputs, given, lambda run: verb(
-        net, target=target, teacher=_teachers(teacher, trust), run=run, **options
+        net, target=target, teacher=teachers, run=run, **options
     ))  # fmt: skip
 
 
@@ -209,10 +234,11 @@ def quantize(
     if not teacher:
         options["hints"] = ()
     net = _load(network, trust)
-    inputs = {"quantize": network, "teacher": teacher, "target": target,
-              "recipe": given.recipe.model_dump()}  # fmt: skip
+    teachers = _teachers(teacher, trust)
+    inputs = {"quantize": _contents(network), "target": target,
+              "teacher": [_contents(path) for path in teacher or ()]}  # fmt: skip
     _stage(out, inputs, given, lambda run: verb(
-        net, target=target, teacher=_teachers(teacher, trust), run=run, **given.learning, **options
+        net, target=target, teacher=teachers, run=run, **given.learning, **options
     ))  # fmt: skip
 
 

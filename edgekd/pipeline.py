@@ -546,6 +546,7 @@ class _Run:
         if all(
             m is not None
             and (m.compared, m.device, m.threads) == (hashes, link, options["threads"])
+            and (m.runs_asked or m.runs) >= options["runs"]
             and (link != "local" or m.host == host_name())
             for m in kept
         ):

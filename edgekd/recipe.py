@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from edgekd.errors import RecipeError, describe_invalid, nearest
+from edgekd.devices.base import get_device
+from edgekd.errors import DeviceError, RecipeError, describe_invalid, nearest
 from edgekd.knowledge.feature import HintLoss
 from edgekd.models.build import FETCHES, Build
 from edgekd.quantization.fake_quant import Observer
@@ -203,7 +204,7 @@ class Recipe(_Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     note: str = ""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     targets: Annotated[tuple[str, ...], Field(min_length=1)]
     devices: dict[str, str] = {}
     budget: BudgetSection | None = None
@@ -224,13 +225,26 @@ class Recipe(_Section):
     def _once_each(cls, targets: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(dict.fromkeys(targets))
 
+    @field_validator("devices")
+    @classmethod
+    def _links(cls, devices: dict[str, str]) -> dict[str, str]:
+        for name, address in devices.items():
+            try:
+                get_device(address)  # not reached yet
+            except DeviceError as error:
+                raise ValueError(f"{name}: {error}") from None
+        return devices
+
     @model_validator(mode="before")
     @classmethod
     def _table_of_targets(cls, values: Any) -> Any:
         """`targets.<name>.device = "ssh://user@host"` gives names and devices at once."""
         if not isinstance(values, dict) or not isinstance(table := values.get("targets"), dict):
             return values
-        devices = dict(values.get("devices", {}))
+        devices = values.get("devices", {})
+        if not isinstance(devices, dict):
+            return values  # which is refused: it is no table
+        devices = dict(devices)
         for name, section in table.items():
             if not isinstance(section, dict) or section.keys() - {"device"}:
                 raise ValueError(f"targets.{name} is {section!r}; it takes one key: device")
@@ -307,14 +321,14 @@ class Recipe(_Section):
             _apply(values, change)
         if chosen := list(targets):
             _only(values, chosen)
-        known = list(values.get("targets", ()))
+        known = list(named) if isinstance(named := values.get("targets"), list | dict) else []
         for name, text in by_target("--latency", latency, known):
-            budget = values.setdefault("budget", {}).setdefault("latency_ms", {})
+            budget = _section(values, "budget").setdefault("latency_ms", {})
             if not isinstance(budget, dict):
                 budget = values["budget"]["latency_ms"] = dict.fromkeys(known, budget)
             budget[name] = _milliseconds(text)
         for name, link in by_target("--device", devices, known, one=True):
-            values.setdefault("devices", {})[name] = link
+            _section(values, "devices")[name] = link
         try:
             recipe = Recipe(**values)
         except ValidationError as error:
@@ -357,6 +371,14 @@ def _apply(values: dict[str, Any], change: str) -> None:
             raise RecipeError(f"--set {change!r}: {part} is a value, not a section")
         values = inner
     values[parts[-1]] = value
+
+
+def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
+    """The section of this name, made where there is none."""
+    section = values.setdefault(name, {})
+    if not isinstance(section, dict):
+        raise RecipeError(f"{name}: it is {section!r}, not a section; write [{name}]")
+    return section
 
 
 def by_target(
@@ -412,7 +434,10 @@ def _relative_to(recipe: Recipe, folder: Path) -> Recipe:
         path = None if section is None else getattr(section, key)
         if section is None or path is None:
             return section
-        return section.model_copy(update={key: folder / path.expanduser()})
+        try:
+            return section.model_copy(update={key: folder / path.expanduser()})
+        except RuntimeError:
+            raise RecipeError(f"{key}: {path}: no such user here; write the whole path") from None
 
     return recipe.model_copy(
         update={

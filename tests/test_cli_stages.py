@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
 from edgekd.cli import app
 from edgekd.errors import ModelError, RecipeError, StateError
 from edgekd.network import Network
+from edgekd.stages.export import export
 from edgekd.stages.verify import Parity
 
 RECIPE = """
@@ -182,6 +185,50 @@ def test_an_unfinished_stage_goes_on_only_with_the_same_options(project, monkeyp
     call(project, "distill --recipe my.toml --out cut")
     ours, theirs = (Network.load(project / name).state() for name in ("cut", "teacher"))
     assert all((ours[name] == theirs[name]).all() for name in ours)
+
+
+def test_a_command_that_is_refused_claims_no_folder(project):
+    with pytest.raises(RecipeError, match="ratio"):
+        call(project, "prune student --ratio 1.5 --out claimed")
+    call(project, "prune student --ratio 0.5 --out claimed")
+
+
+def test_an_unfinished_stage_goes_on_only_with_the_same_contents(project, monkeypatch):
+    """Each is changed in place: the paths are the same."""
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    shutil.copytree(project / "teacher", project / "mine")
+    torch.save(Network.load(project / "teacher").module.state_dict(), project / "mine.pt")
+    line = "distill --recipe my.toml --set distill.epochs=1 --set student.weights=mine.pt"
+    line += " --teacher mine --teacher box.onnx --out changing"
+    call(project, "export teacher --target host-onnxruntime --out whole")
+    shutil.copy(project / "whole" / "model.onnx", project / "box.onnx")
+    with monkeypatch.context() as patch:
+        patch.setattr("edgekd.training.evaluate", interrupted)
+        call(project, line, code=130)
+    image = next((project / "images" / "train" / "left").iterdir())
+    spec, weights = project / "mine" / "spec.json", project / "mine" / "weights.safetensors"
+    student = Network.load(project / "student")
+    changes = {
+        image: lambda: Image.new("RGB", (12, 12)).save(image),
+        spec: lambda: spec.write_text(spec.read_text() + "\n"),
+        weights: lambda: shutil.copy(project / "student" / "weights.safetensors", weights),
+        project / "mine.pt": lambda: torch.save(student.module.state_dict(), project / "mine.pt"),
+        project / "box.onnx": lambda: (
+            export(student, target="host-onnxruntime", out=project / "o")
+            and shutil.copy(project / "o" / "model.onnx", project / "box.onnx")
+        ),
+    }
+    for path, change in changes.items():
+        before, times = path.read_bytes(), path.stat()
+        change()
+        with pytest.raises(StateError, match="begun with other options, networks or data"):
+            call(project, line)
+        path.write_bytes(before)
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    call(project, line)
 
 
 def test_a_recipe_without_prune_is_refused(project):

@@ -574,6 +574,7 @@ def test_fewer_targets_need_nothing_new(project, out, first, calls):
     [
         ("note=another", {}),
         ("profile.threads=2", {"profile_together": 1}),
+        ("profile.runs=30", {"profile_together": 1}),
         # the same files, exported again: an export is keyed by its gates
         ("verify.agreement=0.96", {"export": 2, "verify": 2, "profile_together": 1}),
         ("quantize.lr=0.02", {"quantize": 1, "export": 1, "verify": 1, "profile_together": 1}),

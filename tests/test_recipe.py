@@ -349,6 +349,16 @@ def test_a_table_of_targets_names_their_devices(file):
          r"student\.weights fit one member"),
         ({"changes": ["student.space={scale=[]}"]}, r"student\.space\.scale"),
         ({"changes": ["prune.ratio=much"]}, r"prune\.ratio"),
+        ({"changes": ["targets=5"]}, r"targets: .*\(got 5\)"),
+        ({"changes": ["targets=5"], "latency": ["5ms"]}, r"targets: .*\(got 5\)"),
+        ({"changes": ["budget=5"], "latency": ["5ms"]}, r"budget: it is 5, not a section"),
+        ({"changes": ["devices=ssh://me@x"], "devices": ["ssh://me@y"]},
+         "devices: it is 'ssh://me@x', not a section"),
+        ({"changes": ["targets={intel-cpu={}}", "devices=5"]}, r"devices: .*\(got 5\)"),
+        ({"changes": ["data.root=~nouser/x"]}, "root: ~nouser/x: no such user here"),
+        ({"changes": ["seed=99999999999999999999"]}, r"seed: .*less than .*\(got 9{20}\)"),
+        ({"devices": ["foo://x"]}, "host-onnxruntime: no device 'foo://x'; there are: adb"),
+        ({"devices": ["ssh://-x"]}, "host-onnxruntime: 'ssh://-x' is no address"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(file, options, message):

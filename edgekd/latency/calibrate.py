@@ -16,7 +16,7 @@ import torch
 from edgekd.errors import TargetError
 from edgekd.latency import pace
 from edgekd.latency.kernels import timed_kernels
-from edgekd.latency.measuring import Measurement, host_name, today
+from edgekd.latency.measuring import Clock, Measurement, host_name, today
 from edgekd.latency.model import LatencyModel, leave_one_out
 from edgekd.latency.probes import ProbeKind, probe
 from edgekd.latency.profiles import ProfileRow, append_rows, own_file, read_profile
@@ -27,6 +27,7 @@ from edgekd.runtimes.base import Arrays, Session, fingerprint, get_runtime
 from edgekd.runtimes.on_device.measure import (
     COPIES,
     Watch,
+    has_cpu_clock,
     median_interval,
     quiet,
     time_in_turns,
@@ -240,11 +241,15 @@ def timed(paths: Mapping[Key, Path], runtime: str, threads: int) -> dict[Key, Ti
         ]
     with Watch(in_process=True) as watch:
         found = time_in_turns(models, MOST_RUNS, LONGEST_SECONDS, threads, watch)
-    samples = [each["cpu_ms" if threads == 1 else "wall_ms"] for each in found]
+    samples = [each[f"{_clock(threads)}_ms"] for each in found]
     *quiets, slow = [quiet(each, COPIES) for each in samples]
     return {
         key: Timed(each, ms, slow) for key, each, ms in zip(paths, samples, quiets, strict=False)
     }
+
+
+def _clock(threads: int) -> Clock:
+    return "cpu" if threads == 1 and has_cpu_clock() else "wall"
 
 
 def rows_of(
@@ -264,7 +269,7 @@ def rows_of(
         kind="network", network=network, precision=precision, threads=threads,
         p50_ms=float(np.median(timed.samples)), low_ms=low, high_ms=high, quiet_ms=timed.quiet_ms,
         reference_ms=timed.reference_ms, runs=len(timed.samples),
-        clock="cpu" if threads == 1 else "wall",
+        clock=_clock(threads),
         runtime=target.runtime, runtime_version=get_runtime(target.runtime).version(),
         host=host_name(), instruction_set=host_instruction_set(), conditions=conditions,
         date=today(), origin="host", sha256=sha256,

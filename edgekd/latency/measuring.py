@@ -77,6 +77,7 @@ class Measurement(_Frozen):
     """One honest latency of one artifact, batch 1, and its conditions.
 
     Attributes:
+        runs, runs_asked: timed, and at most; None in files of older versions.
         p50_ci95_ms: the median's 95 % interval, by order statistics.
         throughput_per_s: inferences one after another; trtexec's overlap with their copies.
         clock: "wall", or "cpu": the process' CPU time, used for all of a comparison as soon as
@@ -119,6 +120,7 @@ class Measurement(_Frozen):
     instruction_set: str
     date: str
     compared: tuple[str, ...]
+    runs_asked: int | None = None
     p50_ci95_ms: tuple[float, float] | None = None
     throughput_per_s: float | None = None
     size_bytes: int | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import inspect
@@ -96,10 +97,21 @@ def _factory(name: str, *, trust: bool, origin: str) -> Any:
 
 
 def source_sha256(build: Build) -> str | None:
-    """SHA-256 of the file that defines a `package.module:callable`; None for other models."""
+    """SHA-256 of the file that defines a `package.module:callable`; None for other models.
+
+    Of a `functools.partial`, the file of its function; of an object that is called, of its class.
+    """
     if ":" not in build.model:
         return None
-    file = inspect.getsourcefile(import_callable(build.model, "model"))
+    found = import_callable(build.model, "model")
+    while isinstance(found, functools.partial):
+        found = found.func
+    try:
+        file = inspect.getsourcefile(
+            found if inspect.isroutine(found) or inspect.isclass(found) else type(found)
+        )
+    except TypeError:  # built into Python
+        file = None
     return None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
@@ -133,14 +145,16 @@ def import_callable(name: str, origin: str) -> Any:
 def load_weights(module: nn.Module, path: Path) -> None:
     """Load a state dict (`.safetensors`, or torch's file of tensors only) strictly into `module`.
 
-    A file that holds `{"state_dict": …}` or `{"model": …}`, and names with a `module.` in front
-    (DataParallel), are understood.
+    A file that holds `{"state_dict": …}` or `{"model": …}`, and names with a `module.`
+    (DataParallel) or an `_orig_mod.` (torch.compile) in front, are understood.
 
     Raises:
-        ModelError: no such file, a damaged one, one that would need pickle to run code, or
-            names and shapes that do not fit.
+        ModelError: no such file, an empty or a damaged one, one that would need pickle to run code,
+            names and shapes that do not fit, or values that are not finite.
     """
     _check_exists(path)
+    if not path.stat().st_size:
+        raise ModelError(f"{path} is empty; copy or save the weights again")
     try:
         if path.suffix == ".safetensors":
             state: Any = load_file(path)
@@ -158,9 +172,44 @@ def load_weights(module: nn.Module, path: Path) -> None:
             state = state[key]
     if not isinstance(state, dict):
         raise ModelError(f"{path} holds a {type(state).__name__}, not a state dict")
-    if all(str(k).startswith("module.") for k in state):
-        state = {str(k).removeprefix("module."): v for k, v in state.items()}
+    state = {str(name): tensor for name, tensor in state.items()}
+    for prefix in ("_orig_mod.", "module.", "_orig_mod."):  # either may be around the other
+        if all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     try:
         module.load_state_dict(state)
     except RuntimeError as error:
-        raise ModelError(f"{path} does not fit {type(module).__name__}: {error}") from None
+        said = _misfits(module.state_dict(), state) or " ".join(str(error).split())
+        raise ModelError(
+            f"{path} does not fit {type(module).__name__}: {said}; give the weights of this model, "
+            "or the arguments that it was trained with"
+        ) from None
+    _check_finite(module, path)
+
+
+def _misfits(own: dict[str, Any], state: dict[str, Any]) -> str:
+    """The first names that do not fit, and how many there are; torch says all of them, in lines."""
+    common = [name for name in own if isinstance(state.get(name), torch.Tensor)]
+    kinds = {
+        "missing": [name for name in own if name not in state],
+        "unexpected": [name for name in state if name not in own],
+        "no tensors": [name for name in own if name in state and name not in common],
+        "of another shape": [
+            f"{name}: {tuple(state[name].shape)}, the model has {tuple(own[name].shape)}"
+            for name in common
+            if state[name].shape != own[name].shape
+        ],
+    }
+    return ", ".join(f"{kind} {found[:3]} ({len(found)})" for kind, found in kinds.items() if found)
+
+
+def _check_finite(module: nn.Module, path: Path) -> None:
+    parameters = dict(module.named_parameters())  # a buffer may be a mask of -inf
+    bad = [
+        name for name, tensor in module.state_dict().items()
+        if torch.isnan(tensor).any() or (name in parameters and torch.isinf(tensor).any())
+    ]  # fmt: skip
+    if bad:
+        raise ModelError(
+            f"{path} holds NaN or infinity in {bad[:3]} ({len(bad)}); give a checkpoint from before"
+        )

@@ -87,7 +87,8 @@ def profile_together(
             break
         if repeats < REPEATS:
             console.print(f"{target.name}: {_unsteady(list(found.values()))}; measuring again")
-    return [found[digest].model_copy(update={"compared": tuple(hashes)}) for digest in hashes]
+    asked = {"compared": tuple(hashes), "runs_asked": runs}
+    return [found[digest].model_copy(update=asked) for digest in hashes]
 
 
 def _unsteady(measured: list[Measurement]) -> str:

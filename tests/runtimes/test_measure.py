@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -64,6 +65,7 @@ class Clocks:
 @pytest.fixture
 def clocks(monkeypatch: pytest.MonkeyPatch) -> Clocks:
     made = Clocks()
+    assert measure.has_cpu_clock()  # looked at once, by the real clocks
     monkeypatch.setattr(measure, "time", made)
     return made
 
@@ -140,6 +142,26 @@ def test_cpu_time_stands_in_for_the_wall_clock_of_one_thread_on_a_busy_host(
 ):
     both = [([wall_ms] * 9, [2.0] * 9), ([1.0] * 9, [1.0] * 9)]
     assert measure.clock_of(both, threads) == clock  # one clock for all of a comparison
+
+
+def test_where_cpu_time_moves_in_ticks_the_wall_clock_is_used(tmp_path: Path):
+    """Linux accounts for CPU time once in a tick where it is limited."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_CPU, (300, resource.RLIM_INFINITY))
+
+    model, reference = product(tmp_path / "a.onnx", 1), product(tmp_path / "b.onnx", 1)
+    job = job_of(tmp_path, [model], reference=str(reference))
+    ran = measured(tmp_path, "--job", str(job), preexec_fn=limit)
+    assert ran.returncode == 0, ran.stderr
+    raw = RawMeasurement.read(tmp_path / "measurement.json")
+    program = f"import sys; sys.path.insert(0, {str(SCRIPTS)!r}); import measure; "
+    command = [sys.executable, "-c", program + "print(measure.has_cpu_clock())"]
+    said = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit).stdout
+    if said == "True\n":
+        pytest.skip("this system's CPU time does not move in ticks")
+    assert raw.clock == "wall" and raw.conditions.reference_ms is None
+    assert raw.measurements(device="local")[0].p50_ms > 0
 
 
 def test_runs_end_with_the_time_but_not_before_twenty(clocks: Clocks):

@@ -25,6 +25,7 @@ from edgekd.target import Target
 def test_a_measurement_says_how_it_came_about(int8_artifact: Artifact, host: Target):
     got = profile(int8_artifact, target=host, runs=30)
     assert 0 < got.p50_ms <= got.p90_ms <= got.p99_ms
+    assert got.runs_asked == 30
     assert (got.runs, got.threads, got.target) == (30, 1, "host-onnxruntime")
     assert got.p50_ci95_ms is not None
     assert got.p50_ci95_ms[0] <= got.p50_ms <= got.p50_ci95_ms[1]

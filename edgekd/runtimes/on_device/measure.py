@@ -15,6 +15,7 @@ CPU time within 2.3 %.
 import argparse
 import contextlib
 import datetime
+import functools
 import glob
 import hashlib
 import json
@@ -44,6 +45,7 @@ COLD_RUNS = 3  # of each copy but the first, which warms up
 LEAST_RUNS, RUNS_TO_SETTLE = 20, 200  # before the time, and before the interval, may end the runs
 WANTED = 0.01  # half-width of the median's 95 % interval, as a share of the median
 BUSY = 1.05  # wall / CPU time above which the host counts as busy
+COARSEST_MS = 0.05  # step of CPU time above which it measures no run
 WATCH_SECONDS = 0.1
 MEMORY_SECONDS = 300
 LAYER_RUNS, LAYER_SECONDS = 30, 10.0
@@ -100,11 +102,29 @@ def settled(samples):
 
 def clock_of(timed, threads):
     """One clock for all of a comparison: CPU time as soon as the host is busy, of one thread."""
+    if not has_cpu_clock():
+        return "wall"
     busy = any(median(wall) > BUSY * median(cpu) for wall, cpu in timed)
     return "cpu" if threads == 1 and busy else "wall"
 
 
 # ---- the loop ------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=None)
+def has_cpu_clock():
+    """Whether CPU time is as fine as runs are long; under `ulimit -t` it moves once in a tick.
+
+    By the mean of its first 100 steps, or of those in 20 ms of spinning: at a change of context it
+    takes a small one in any case.
+    """
+    began, first, steps = time.perf_counter(), time.process_time(), 0
+    last = first
+    while steps < 100 and time.perf_counter() - began < 0.02:
+        now = time.process_time()
+        steps += now > last
+        last = now
+    return steps > 0 and (last - first) * 1e3 / steps <= COARSEST_MS
 
 
 def timed_run(call):
@@ -117,7 +137,7 @@ def timed_run(call):
 
 def warm_up(call, threads):
     """Runs until the medians of two windows agree, or the time is up: (runs, whether they did)."""
-    clock = 1 if threads == 1 else 0
+    clock = 1 if threads == 1 and has_cpu_clock() else 0
     began, runs, last = time.monotonic(), 0, None
     while True:
         opened, window = time.monotonic(), []
@@ -468,7 +488,8 @@ def measure_in_process(job, paths):
         found = time_in_turns(models, job["runs"], job["seconds"], job["threads"], watch)
     conditions = watch.conditions()
     if reference:
-        conditions["reference_ms"] = quiet(found.pop()["cpu_ms"], copies)
+        cpu_ms = found.pop()["cpu_ms"]
+        conditions["reference_ms"] = quiet(cpu_ms, copies) if has_cpu_clock() else None
     for index, (path, each) in enumerate(zip(paths, found)):
         each.update(load_ms=loads[index], load_memory_mib=memories[index][0],
                     peak_memory_mib=memories[index][1])  # fmt: skip
