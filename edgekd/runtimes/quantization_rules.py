@@ -370,8 +370,11 @@ def _one_input(graph: Graph, device: Device) -> Iterator[Found]:
             yield Found(node, f"input {missing.name} is in float", limit, "warning")
 
 
-def _branch(value: ir.Value) -> ir.Node | None:
-    """The convolution in integers whose output `value` is."""
+def _branch(value: ir.Value, device: Device) -> ir.Node | None:
+    """The convolution in integers whose output `value` is, or whose ReLU's where that is fused."""
+    scheme, relu = device.target.scheme, producer(value, "Relu")
+    if relu is not None and scheme is not None and scheme.add_inputs == "skip-activated":
+        value = relu.inputs[0] if len(value.uses()) == 1 and relu.inputs[0] else value
     node = producer(value, "Conv")
     whole = node is not None and len(value.uses()) == 1
     return node if whole and node and all(map(dequantized, node.inputs[:2])) else None
@@ -379,9 +382,9 @@ def _branch(value: ir.Value) -> ir.Node | None:
 
 def _skip_input(graph: Graph, device: Device) -> Iterator[Found]:
     for node, values in _adds(graph):
-        if any(map(dequantized, values)) or not any(map(_branch, values)):
+        if any(map(dequantized, values)) or not any(_branch(v, device) for v in values):
             continue
-        skip = next((v for v in values if _branch(v) is None), values[-1])
+        skip = next((v for v in values if _branch(v, device) is None), values[-1])
         limit = f"{device.target.name} fuses the Add into its convolution if the skip is quantized"
         yield Found(node, f"the skip input {skip.name} is in float", limit, "warning")
 
@@ -394,7 +397,7 @@ def _branch_input(graph: Graph, device: Device) -> Iterator[Found]:
             dq = producer(value, "DequantizeLinear")
             quantizer = producer(dq.inputs[0], "QuantizeLinear") if dq else None
             source = quantizer.inputs[0] if quantizer else None
-            if source is not None and _branch(source) is not None:
+            if source is not None and _branch(source, device) is not None:
                 limit = f"{device.target.name} fuses the Add into a convolution right before it"
                 yield Found(node, f"a quantizer on the branch {value.name}", limit, "warning")
                 break
@@ -408,6 +411,11 @@ def _wants(**facts: object) -> Callable[[Device], bool]:
         return scheme is not None and all(getattr(scheme, k) == v for k, v in facts.items())
 
     return applies
+
+
+def _skips(device: Device) -> bool:
+    """Whether an Add runs inside the convolution before it."""
+    return device.target.scheme is not None and device.target.scheme.add_inputs != "both"
 
 
 SYMMETRIC = {"tensorrt": "https://github.com/NVIDIA/TensorRT/issues/2774"}
@@ -479,10 +487,10 @@ QUANTIZATION_RULES: tuple[Rule, ...] = (
     Rule("add-input", _one_input, BOTH, applies=_wants(add_inputs="both")),
     Rule(
         "add-skip", _skip_input, "quantize the skip input, and that one only",
-        applies=_wants(add_inputs="skip"), sources=SKIP,
+        applies=_skips, sources=SKIP,
     ),
     Rule(
         "add-branch", _branch_input, "leave out the quantizer between the convolution and the Add",
-        applies=_wants(add_inputs="skip"), sources=SKIP,
+        applies=_skips, sources=SKIP,
     ),
 )  # fmt: skip
