@@ -255,10 +255,11 @@ def _layouts(own: tuple[int, ...], stored: tuple[int, ...]) -> tuple[bool, bool]
     """Whether one stored sample may be of a batch of 2, as (H, W, C), and as it is."""
     if len(own) == 4 and stored[1:] == (*own[2:], own[1]):
         return True, stored[1:] == own[1:]
-    # rows of features, in as many axes as may be; an image has none
+    # rows of features in one axis on either side, and several on the other; an image has none
     image = len(own) == 4 and own[1] == own[3]
     rows = own[-1:] == stored[-1:] and math.prod(own) == 2 * math.prod(stored) and not image
-    return False, stored[1:] == own[1:] or rows
+    merged = any(sum(side > 1 for side in shape[:-1]) <= 1 for shape in (own[1:], stored))
+    return False, stored[1:] == own[1:] or (rows and merged)
 
 
 def _parameters(tensor: Any) -> tuple[float, int] | None:

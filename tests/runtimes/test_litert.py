@@ -20,7 +20,7 @@ from edgekd.network import Network
 from edgekd.quantization.fake_quant import FakeQuant
 from edgekd.quantization.placement import quantized_activations, quantizers
 from edgekd.runtimes.base import Artifact
-from edgekd.runtimes.litert import LiteRt, LiteRtSession
+from edgekd.runtimes.litert import LiteRt, LiteRtSession, _layouts
 from edgekd.runtimes.onnx_graph import quantized_name
 from edgekd.stages.export import export
 from edgekd.stages.quantize import quantize
@@ -311,6 +311,14 @@ def test_what_is_rolled_and_rows_of_features_are_compared(tmp_path: Path):
     assert found.exact >= 0.99
     places = LiteRt().load(artifact.path, threads=1)._places
     assert {"quant.roll", "quant.linear_default", "quant.gelu", "quant.add"} <= places.keys()
+
+
+def test_rows_may_be_merged_but_not_exchanged():
+    assert _layouts((512, 96), (1, 16, 16, 96)) == (False, True)
+    assert _layouts((2, 16, 16, 96), (1, 256, 96)) == (False, True)
+    assert _layouts((2, 96, 16, 8), (1, 16, 8, 96)) == (True, False)
+    assert _layouts((2, 8, 8, 8), (1, 8, 8, 8)) == (True, True)
+    assert _layouts((2, 197, 3, 64), (1, 3, 197, 64)) == (False, False)
 
 
 @needs_converter
