@@ -38,6 +38,7 @@ from edgekd.latency.measuring import Measurement, host_name
 from edgekd.latency.profiles import imported_ms, profile_sha256
 from edgekd.models.build import build_module, load_weights, source_sha256, weights_sha256
 from edgekd.network import Network
+from edgekd.quantization.capture import capture
 from edgekd.quantization.placement import describe, left_in_float
 from edgekd.quantization.sensitivity import Sensitivity
 from edgekd.recipe import PruneSection, Recipe, StudentSection, TeacherSection
@@ -316,9 +317,10 @@ class _Run:
                 console.print(self._normalisation, markup=False)
             if not section.epochs:
                 return net
-            for later in (*self._teacher_sections, self.recipe.student):
+            for later in self._teacher_sections:  # what is wrong shows before any training
                 if later is not section:
-                    self._network(later)  # what is wrong with it shows before any training
+                    self._network(later)
+            self._new_student()
             return distill(
                 net, task=self.task, data=self.data, seed=self.recipe.seed, run=run, **options
             )
@@ -339,7 +341,7 @@ class _Run:
 
         def make(run: RunDir) -> Network:
             return distill(
-                self._network(section), teacher=_nets(teachers) or None, run=run,
+                self._new_student(), teacher=_nets(teachers) or None, run=run,
                 **self._learning, **options,
             )  # fmt: skip
 
@@ -442,6 +444,12 @@ class _Run:
         return trainable(
             new_network(section, self.data, self.recipe), self.task, f"model {section.model}"
         )
+
+    def _new_student(self) -> Network:
+        """Not trained; what no exporter could capture is refused."""
+        net = self._network(self.recipe.student)
+        capture(net.module, net.io.example(2))
+        return net
 
     def _inputs(self, section: StudentSection, options: dict[str, Any]) -> dict[str, Any]:
         return {

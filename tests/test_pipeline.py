@@ -95,6 +95,13 @@ class Auxiliary(nn.Module):
     def forward(self, x):
         y = self.net(x)
         return (y, y) if self.training else y
+
+
+class Fixed(Auxiliary):
+    """A batch that only Python knows."""
+
+    def forward(self, x):
+        return self.net(x).view(int(x.shape[0]), -1)
 '''
 RECIPE = """
 name = "tiny"
@@ -791,6 +798,8 @@ def test_given_weights_get_images_as_the_recipe_normalises_them(
          "data has 4 classes"),
         (["student.model=quadrants_source:Auxiliary", "student.kwargs={}"],
          r"Auxiliary, in training: it gives a tuple of \(2, 4\), \(2, 4\); a classifier gives one"),
+        (["student.model=quadrants_source:Fixed", "student.kwargs={}"],
+         r"Fixed fixes the batch at 2 \(by int"),
         (["student.model=edgekd/resmet"], r"no model 'edgekd/resmet'"),
         (["student.weights=nowhere.pt"], r"weights .*nowhere\.pt do not exist"),
     ],
