@@ -1,7 +1,7 @@
 """Our integers beside the peers': agreement with FP32, and latency on the same runtime.
 
     pip install nncf                               # in an environment of the bench's own
-    python tools/bench_ptq.py --photos photos.zip --agreement      # about 25 minutes on one core
+    python tools/bench_ptq.py --photos photos.zip --agreement      # about an hour on one core
     python tools/bench_ptq.py --latency                            # then, on a quiet machine
     python tools/bench_ptq.py --latency --networks resnet18 swin_t
 

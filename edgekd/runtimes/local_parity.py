@@ -252,8 +252,8 @@ class _Reference(Interpreter):
             self.absent += 1
             return own * scale
         # rows of several samples may be in one axis here and in two there
-        theirs_too = torch.from_numpy(theirs).double().reshape(x.shape)
-        integers = (theirs_too / scale).round()  # less the zero point
+        given = torch.from_numpy(theirs).double().reshape(x.shape)
+        integers = (given / scale).round()  # less the zero point
         difference = TensorDifference.of(source.name, (own - integers).abs().numpy())
         self.found.append((source, difference))
         return integers.nan_to_num() * scale
