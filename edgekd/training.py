@@ -20,7 +20,7 @@ from torch.fx import GraphModule
 from edgekd.data.base import BatchSource, evaluation_batches, train_steps, training_batches
 from edgekd.errors import TrainingError
 from edgekd.network import Network
-from edgekd.quantization.capture import arguments
+from edgekd.quantization.capture import arguments, move
 from edgekd.quantization.layers import layers
 from edgekd.quantization.placement import input_scales, training_graph
 from edgekd.reporting.progress import Progress
@@ -78,7 +78,7 @@ def fit(
     Raises:
         TrainingError: the loss is not finite; the last checkpoint is from before.
     """
-    net.module.to(on.device, memory_format=_memory_format(net))  # type: ignore[call-overload]
+    move(net.module, on.device).to(memory_format=_memory_format(net))
     fixed: list[Tensor] = []
     trained = net.module
     if net.scheme is not None:
@@ -170,7 +170,7 @@ def fit(
     for scale in (*learnt_scales, *fixed):
         scale.requires_grad_(True)
     # as it will be when it is loaded: kernels and captured graphs depend on the memory format
-    net.module.to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    move(net.module, "cpu").to(memory_format=torch.contiguous_format)
     net.train_mode(False)
 
 
@@ -261,14 +261,14 @@ def predict(
     With a task, its answers take the place of the outputs.
     """
     task = None if task is None else task.of(net.io)
-    net.module.to(on.device)
+    move(net.module, on.device)
     net.train_mode(False)
     with torch.no_grad():
         for batch in evaluation_batches(data):
             inputs, targets = net.io.divide(batch)
             outputs = _to_cpu(net(*(x.to(on.device) for x in inputs)))
             yield (outputs if task is None else task.answers(outputs)), targets
-    net.module.to("cpu")
+    move(net.module, "cpu")
 
 
 def evaluate(net: Network, *, task: Task, data: BatchSource, on: Fabric) -> Score:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from edgekd.errors import ModelError, StateError
 from edgekd.knowledge.taps import Features, tapped
 from edgekd.network import IO, Input, Network, Preprocessing
+from edgekd.quantization.capture import move
 from edgekd.tasks.decoding import Decoding
 
 TeacherLike = Network | nn.Module | Callable[..., Any]
@@ -127,7 +128,7 @@ def as_teacher(
         module = module_of(member)
         function: Any = member
         if module is not None:
-            function = module.to(device).to(memory_format=torch.channels_last)
+            function = move(module, device).to(memory_format=torch.channels_last)
             inside = function if inside is None else inside
         io = io_of(member)
         each.append((function, _renormalised(seen, None if io is None else io.preprocessing)))

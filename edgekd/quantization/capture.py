@@ -15,18 +15,20 @@ import operator
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
+from torch.fx.node import map_aggregate
 
 from edgekd.errors import ModelError
 from edgekd.quantization.canonical import canonicalize
 
 aten = torch.ops.aten
+M = TypeVar("M", bound=nn.Module)
 
 FUNCTIONAL = {
     aten.relu_.default: aten.relu.default,
@@ -159,6 +161,28 @@ def _line_of(error: Exception) -> str:
         return ""
     last = theirs[-1]
     return f" at {last.filename}:{last.lineno}, in {last.name}: `{last.line}`"
+
+
+def move(module: M, device: torch.device | str) -> M:
+    """`module.to(device)`; of a captured graph, what it makes itself (`arange`, `zeros`) too."""
+    module.to(device)
+    if not isinstance(module, GraphModule):
+        return module
+    moved = False
+
+    def there(value: Any) -> Any:
+        nonlocal moved
+        if not isinstance(value, torch.device):
+            return value
+        moved = True
+        return torch.device(device)
+
+    for node in module.graph.nodes:
+        node.args = map_aggregate(node.args, there)
+        node.kwargs = map_aggregate(node.kwargs, there)
+    if moved:
+        module.recompile()
+    return module
 
 
 def export_graph(graph_module: GraphModule, inputs: Sequence[Tensor]) -> Any:

@@ -10,7 +10,9 @@ that `convert_pt2e` puts in its place, operation by operation, so both give the 
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
@@ -45,10 +47,7 @@ class _LearnedStep(torch.autograd.Function):
         clip: float | None,
     ) -> Tensor:  # fmt: skip
         ctx.axis, ctx.clip = axis, clip
-        # LSQ §2.2: g = 1 / sqrt(N · Qp) puts the step of s on the scale of the weights' steps;
-        # N counts the weights of the layer, or the features of one sample.
-        count = x.numel() if scale.dim() else x.numel() // max(1, x.shape[0])
-        ctx.gradient_scale = (max(1, count) * max(1, high)) ** -0.5
+        ctx.gradient_scale = _gradient_scale(x, scale, high)
         if scale.dim():  # symmetric, z = 0
             ctx.range = low, high
             s: Any = along(scale, x, axis)
@@ -84,6 +83,67 @@ class _LearnedStep(torch.autograd.Function):
                 return (dx, *[None] * 6)
             ds = (_dot(dy, y) - _dot(dx, x)) / value
         return (dx, ds * ctx.gradient_scale, *[None] * 5)
+
+
+class _LearnedStepOnGPU(torch.autograd.Function):
+    """The same, in one kernel each way, and never waiting for a scale to reach the host."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, axis: int,
+        clip: float | None,
+    ) -> Tensor:  # fmt: skip
+        ctx.gradient_scale = _gradient_scale(x, scale, high)
+        ctx.summed = [d for d in range(x.dim()) if not scale.dim() or d != axis]
+        ctx.numbers = {"low": low, "high": high, "clip": NO_CLIP if clip is None else clip}
+        steps = [along(t, x, axis) if scale.dim() else t for t in (scale, zero_point)]
+        y = _gpu_kernels()[0](x, *steps, **ctx.numbers)
+        ctx.save_for_backward(x, y, *steps)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, y, scale, zero_point = ctx.saved_tensors
+        dx, ds = _gpu_kernels()[1](*grads, x, y, scale, zero_point, **ctx.numbers)
+        if not ctx.needs_input_grad[1]:
+            return (dx, *[None] * 6)
+        return (dx, ds.sum(ctx.summed) * ctx.gradient_scale, *[None] * 5)
+
+
+NO_CLIP = -1.0
+FORWARD = """
+template <typename T> T learned_step(T x, T s, T z, T low, T high, T clip) {
+  T least = clip < T(0) ? low - z : T(0), most = high - z, q = rint(x * (T(1) / s));
+  return (q < least ? least : q > most ? most : q) * s;
+}"""
+BACKWARD = """
+template <typename T> void learned_step_gradients(
+    T dy, T x, T y, T s, T z, T low, T high, T clip, T& dx, T& ds) {
+  T least = clip < T(0) ? (low - z - T(0.5)) * s : T(0), most = (high - z + T(0.5)) * s;
+  if (clip >= T(0) && most > clip) most = clip;
+  dx = x > least && x < most ? dy : T(0);
+  ds = (dy * y - dx * x) / s;
+}"""
+
+
+@functools.cache
+def _gpu_kernels() -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor]]]:
+    """Forward and backward; torch compiles them at first use, without any compiler here."""
+    numbers = {"low": 0.0, "high": 0.0, "clip": NO_CLIP}
+    make = torch.cuda.jiterator
+    return (
+        make._create_jit_fn(FORWARD, **numbers),
+        make._create_multi_output_jit_fn(BACKWARD, 2, **numbers),
+    )
+
+
+def _gradient_scale(x: Tensor, scale: Tensor, high: int) -> float:
+    """LSQ §2.2: g = 1 / sqrt(N · Qp) puts the step of s on the scale of the weights' steps.
+
+    N counts the weights of the layer, or the features of one sample.
+    """
+    count = x.numel() if scale.dim() else x.numel() // max(1, x.shape[0])
+    return float((max(1, count) * max(1, high)) ** -0.5)
 
 
 def along(scale: Tensor, x: Tensor, axis: int) -> Tensor:
@@ -169,7 +229,8 @@ class FakeQuant(FakeQuantizeBase):  # type: ignore[misc]  # torchao ships no typ
         if self.mode == "quantize":
             if torch.is_grad_enabled() and self.scale.requires_grad:
                 self.bound_scale()
-            y: Tensor = _LearnedStep.apply(
+            step = _LearnedStepOnGPU if x.is_cuda else _LearnedStep
+            y: Tensor = step.apply(
                 x, self.scale, self.zero_point, self.low, self.high, self.ch_axis, clip
             )
             return y

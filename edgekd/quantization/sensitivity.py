@@ -28,7 +28,7 @@ from edgekd.errors import ModelError, RecipeError
 from edgekd.network import Network
 from edgekd.quantization.bias_correction import correct_biases
 from edgekd.quantization.calibration import calibrate, settle
-from edgekd.quantization.capture import capture
+from edgekd.quantization.capture import capture, move
 from edgekd.quantization.fake_quant import Observer
 from edgekd.quantization.layers import Inputs, stored_tensors
 from edgekd.quantization.placement import MATRIX, layer_name, place
@@ -291,13 +291,13 @@ class _Trials:
             for name in own.keys() & self._known.keys():
                 own[name].copy_(self._known[name])
             if new := own.keys() - self._known.keys():
-                calibrate(graph.to(self.inputs[0][0].device), self.inputs, self.observer)
-                graph.to("cpu")
+                calibrate(move(graph, self.inputs[0][0].device), self.inputs, self.observer)
+                move(graph, "cpu")
                 self._known |= {name: trial.state()[name].detach().clone() for name in new}
         if correct_bias:
-            graph.to(self.inputs[0][0].device)
+            move(graph, self.inputs[0][0].device)
             correct_biases(graph, stored_tensors(graph), self.inputs)
-            graph.to("cpu")
+            move(graph, "cpu")
         settle(graph, integer_bias=scheme.bias == "int32")
         return trial
 

@@ -18,7 +18,7 @@ from edgekd.latency.model import LatencyModel
 from edgekd.network import IO, Network
 from edgekd.quantization.bias_correction import correct_biases
 from edgekd.quantization.calibration import calibrate, settle
-from edgekd.quantization.capture import capture
+from edgekd.quantization.capture import capture, move
 from edgekd.quantization.equalization import equalize
 from edgekd.quantization.fake_quant import Observer
 from edgekd.quantization.layers import Inputs, stored_tensors
@@ -126,14 +126,14 @@ def quantize(
     if floating := left_in_float(graph):
         console.print(f"quantize: in float stay {describe(floating)}")
     if adaround or correct_bias:
-        floats = stored_tensors(graph.to(on.device))
+        floats = stored_tensors(move(graph, on.device))
         # Biases first. Rounding minds the output behind the activation only, so that errors where
         # it clips mean nothing; to correct their mean costs EfficientNet-Lite0 3.5 dB of SQNR.
         if correct_bias:
             correct_biases(graph, floats, inputs)
         if adaround:
             round_weights(graph, floats, inputs, iterations=adaround, seed=seed)
-        graph.to("cpu")
+        move(graph, "cpu")
     if epochs:
         learn(
             student, original=net.module, task=task, data=data, teacher=teacher, alpha=alpha,
@@ -166,9 +166,9 @@ def _calibrated(
             f"({', '.join(target.scheme.ops)})"
         )
     if inputs:
-        graph.to(inputs[0][0].device)
+        move(graph, inputs[0][0].device)
     calibrate(graph, inputs, observer)
-    return net.quantized(graph.to("cpu"), target.scheme, float_layers)
+    return net.quantized(move(graph, "cpu"), target.scheme, float_layers)
 
 
 def _float_costs_ms(net: Network, target: Target) -> dict[str, float]:

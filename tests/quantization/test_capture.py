@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 
 from edgekd.errors import ModelError
 from edgekd.models.resnet import resnet
-from edgekd.quantization.capture import capture, export_graph, fold_batchnorm
+from edgekd.quantization.capture import capture, export_graph, fold_batchnorm, move
 
 
 class Made(nn.Module):
@@ -342,3 +342,11 @@ def test_a_batch_that_is_read_as_a_size_stays_dynamic():
     graph = capture(module, (torch.zeros(2, 3, 4),))
     x = torch.randn(5, 3, 4)
     torch.testing.assert_close(graph(x), module(x))
+
+
+def test_what_a_graph_makes_itself_moves_along():
+    def ramp(m: Made, x: Tensor) -> Tensor:
+        return m.linear(x + torch.arange(4, device=x.device))
+
+    graph = capture(Made(ramp, linear=nn.Linear(4, 4)), (torch.zeros(2, 4),))
+    assert move(graph, "meta")(torch.zeros(3, 4, device="meta")).device.type == "meta"
