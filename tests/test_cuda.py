@@ -92,7 +92,7 @@ def test_a_quantizer_and_its_gradients_are_those_of_the_cpu(
     found = []
     for device in ("cpu", "cuda"):
         made.to(device).scale.grad = None
-        leaf = x.to(device).requires_grad_()
+        leaf = x.to(device, copy=True).requires_grad_()
         y = made(leaf, clip)
         y.backward(dy.to(device))
         assert made.scale.grad is not None and leaf.grad is not None
@@ -107,8 +107,8 @@ def test_integers_on_a_gpu_are_those_on_the_cpu(quantized: Network, batches: Any
         torch.cat([outputs for outputs, _ in predict(quantized, batches, on=fabric(a))])
         for a in ("cuda", "cpu")
     )
-    step = float((cpu.unique().diff()).min())
-    assert float(((gpu - cpu).abs() > step / 2).float().mean()) < 0.01
+    near = (gpu - cpu).abs() < 1e-3 * cpu.abs().max()  # an integer that flips moves them by more
+    assert float(near.float().mean()) > 0.99
 
 
 def test_a_graph_that_makes_tensors_trains_on_a_gpu(batches: Any, host: Target):

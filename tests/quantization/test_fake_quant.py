@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
 import numpy as np
 import onnxruntime as ort
 import pytest
@@ -10,7 +15,16 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
-from edgekd.quantization.fake_quant import MIN_SCALE, SHRINK, FakeQuant, _strided
+from edgekd.quantization.fake_quant import (
+    BACKWARD,
+    FORWARD,
+    MIN_SCALE,
+    NO_CLIP,
+    SHRINK,
+    FakeQuant,
+    _gradient_scale,
+    _strided,
+)
 
 # (dtype, symmetric, bits) -> (lowest, highest integer) as the schemes of the targets want them
 RANGES = {
@@ -398,3 +412,50 @@ def test_a_fixed_scale_is_neither_calibrated_nor_learnt():
     assert (quantizer.scale.item(), int(quantizer.zero_point)) == (1 / 256, -128)
     expected = np.rint(x.detach().numpy() * 256).clip(0, 255) / 256
     np.testing.assert_array_equal(quantizer(x).detach().numpy(), expected.astype(np.float32))
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+@pytest.mark.parametrize(("channels", "clip"), [(None, None), (None, 6.0), (None, 0.5), (8, None)])
+def test_the_gpus_kernels_compute_the_same(
+    channels: int | None, clip: float | None, tmp_path: Path
+):
+    """Their text is compiled for the CPU; on a GPU, tests/test_cuda.py runs them."""
+    made = quantizer(
+        (torch.int8, True, 8) if channels else (torch.uint8, False, 8),
+        np.linspace(0.03, 0.04, 8).astype(np.float32) if channels else 0.03,
+        0 if channels else 100, ch_axis=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    dy, x = torch.randn(2, 4, 8, 6) * 3
+    leaf = x.clone().requires_grad_()
+    y = made(leaf, clip)
+    y.backward(dy)
+    assert leaf.grad is not None and made.scale.grad is not None
+
+    (tmp_path / "kernels.cpp").write_text(
+        f"#include <cmath>\nusing std::rint;{FORWARD}{BACKWARD}"
+        """
+extern "C" void run(int n, const float* dy, const float* x, const float* s, float z, float low,
+                    float high, float clip, float* y, float* dx, float* ds) {
+  for (int i = 0; i < n; i++) {
+    y[i] = learned_step(x[i], s[i], z, low, high, clip);
+    learned_step_gradients(dy[i], x[i], y[i], s[i], z, low, high, clip, dx[i], ds[i]);
+  }
+}"""
+    )
+    subprocess.run(
+        ["c++", "-shared", "-fPIC", "-o", tmp_path / "kernels.so", tmp_path / "kernels.cpp"],
+        check=True,
+    )
+    step = made.scale.detach().view(1, -1, 1) if channels else made.scale.detach()
+    given = [np.ascontiguousarray(t.expand(x.shape).numpy()) for t in (dy, x, step)]
+    found = [np.zeros(x.shape, np.float32) for _ in range(3)]
+    numbers = (float(made.zero_point.flatten()[0]), made.low, made.high, clip or NO_CLIP)
+    ctypes.CDLL(str(tmp_path / "kernels.so")).run(
+        x.numel(), *(a.ctypes.data_as(ctypes.c_void_p) for a in given),
+        *map(ctypes.c_float, numbers), *(a.ctypes.data_as(ctypes.c_void_p) for a in found),
+    )  # fmt: skip
+    np.testing.assert_array_equal(found[0], y.detach().numpy())
+    np.testing.assert_array_equal(found[1], leaf.grad.numpy())
+    total = found[2].sum((0, 2) if channels else None) * _gradient_scale(x, made.scale, made.high)
+    np.testing.assert_allclose(total, made.scale.grad.numpy(), rtol=1e-4, atol=1e-5)
