@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,12 +17,16 @@ from typing import Any, Protocol
 import torch
 from torch import Generator, Tensor
 from torch.nn.functional import pad
+from torchvision.transforms.v2 import functional as transforms
 
 from edgekd.errors import DataError, nearest
 from edgekd.network import Preprocessing
 
 SPLITS = ("train", "val", "test")
 SUBSET_SEED = 0
+COLOUR = (0.7, 1.3)
+PART = (0.25, 1.0)  # of the area
+ASPECT = 4 / 3  # of the sides of a part, times those of the image, at most
 
 
 class Images(Protocol):
@@ -137,10 +142,22 @@ class Augmentations:
     ]
 
 
+def coloured(image: Tensor, chances: Sequence[float]) -> Tensor:
+    """Brightness, contrast and saturation of a (C, H, W) image times 0.7 to 1.3.
+
+    Args:
+        chances: three numbers from 0 to 1, one for each.
+    """
+    factors = [COLOUR[0] + (COLOUR[1] - COLOUR[0]) * c for c in chances]
+    image = transforms.adjust_brightness(image, factors[0])
+    image = transforms.adjust_contrast(image, factors[1])
+    return transforms.adjust_saturation(image, factors[2]) if len(image) == 3 else image
+
+
 def _augmented(
     x: Tensor, targets: tuple[Tensor, ...], augment: Sequence[str], generator: Generator
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
-    """Crop and flip in a single gather over the pixels of each padded plane."""
+    """Crop and flip in a single gather over the pixels of each padded plane; then the others."""
     n, channels, height, width = x.shape
     border = max(1, height // 8) if "crop" in augment else 0
     top, left = torch.randint(2 * border + 1, (2, n, 1), generator=generator)
@@ -153,10 +170,32 @@ def _augmented(
     pixels = rows[:, :, None] + (columns + left)[:, None, :]
     planes = pad(x, [border] * 4).flatten(2)
     augmented = planes.gather(2, pixels.view(n, 1, -1).expand(n, channels, -1)).view(x.shape)
+    if "scale" in augment:
+        chances = torch.rand(n, 4, generator=generator).tolist()
+        augmented = torch.stack([_part(*each) for each in zip(augmented, chances, strict=True)])
+    if "colour" in augment:
+        chances = torch.rand(n, 3, generator=generator).tolist()
+        augmented = torch.stack([coloured(*each) for each in zip(augmented, chances, strict=True)])
     return augmented, targets, flipped[:, 0]
 
 
-OF_LABELS = Augmentations(("flip", "crop"), _augmented)
+def _part(image: Tensor, chances: Sequence[float]) -> Tensor:
+    """A random part of a (C, H, W) image, as large as the whole (arXiv:1409.4842 §6).
+
+    Args:
+        chances: four numbers from 0 to 1: of its area, its shape, and where it is.
+    """
+    height, width = image.shape[1:]
+    area = PART[0] + (PART[1] - PART[0]) * chances[0]
+    ratio = ASPECT ** (2 * chances[1] - 1)
+    rows = max(1, round(height * min(1.0, math.sqrt(area / ratio))))
+    columns = max(1, round(width * min(1.0, math.sqrt(area * ratio))))
+    top, left = int((height - rows) * chances[2]), int((width - columns) * chances[3])
+    part: Tensor = transforms.resized_crop(image, top, left, rows, columns, [height, width])
+    return part
+
+
+OF_LABELS = Augmentations(("flip", "crop", "scale", "colour"), _augmented)
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,9 +207,10 @@ class Data:
         splits: "train", "test" and, if there is one, "val".
         classes: class names; a label is an index into them.
         preprocessing: mean and standard deviation per channel, for pixels from 0 to 1.
-        augment: of "flip" (left and right, half of the images) and "crop" (a black border of an
-            eighth of the height, then a random crop back), or of what `augmentations` names; for
-            training batches only.
+        augment: of "flip" (left and right, half of the images), "crop" (a black border of an
+            eighth of the height, then a random crop back), "scale" (a quarter to all of the area,
+            enlarged to the whole) and "colour" (brightness, contrast and saturation times 0.7 to
+            1.3), or of what `augmentations` names; for training batches only.
         augmentations: those that fit the targets; here of labels.
 
     Raises:

@@ -38,7 +38,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
-from edgekd.data.base import SPLITS, Augmentations, Data, Images, sha256
+from edgekd.data.base import SPLITS, Augmentations, Data, Images, coloured, sha256
 from edgekd.data.readers import (
     cache_folder,
     channel_statistics,
@@ -52,7 +52,6 @@ from edgekd.runtimes.on_device.detect import GREY, letterbox, placed
 
 VISIBLE = 0.25  # of a box must stay in the image, else augmentation drops it
 ZOOM = (0.6, 1.6)
-COLOUR = (0.7, 1.3)
 SMALLEST = 0.01  # pixels that the sides of a box have at least
 TOLERANCE = 1.0  # pixels that a box may stick out without being counted: rounding
 NAMED = 5  # problems that a message spells out
@@ -315,11 +314,7 @@ def augmented(
                 for each in (image, corners)
             )  # fmt: skip
         if "colour" in augment:
-            factors = [COLOUR[0] + (COLOUR[1] - COLOUR[0]) * c for c in row[4:]]
-            image = transforms.adjust_brightness(image, factors[0])
-            image = transforms.adjust_contrast(image, factors[1])
-            if len(image) == 3:
-                image = transforms.adjust_saturation(image, factors[2])
+            image = coloured(image, row[4:])
         images.append(image)
         moved.append(_visible(of_image[:, 0], corners.as_subclass(Tensor), size))
     return torch.stack(images), (torch.stack(moved), *rest), flipped

@@ -85,7 +85,7 @@ def read_data(
             "torchvision/NAME": a classification set of torchvision.datasets;
             "package.module:callable": called with `root=` if given; returns `Data`.
         root: file or folder; what it means depends on the source.
-        augment: of "flip" and "crop"; see `Data`. Of boxes: "flip", "scale" and "colour".
+        augment: of "flip", "crop", "scale" and "colour"; see `Data`. Of boxes: not "crop".
         channels: 3 repeats grey images; None keeps what the first image has.
         size: height and width in pixels: the shorter side is resized (bilinear, antialiased),
             the middle is kept. None keeps the images' own, which must then all be equal.

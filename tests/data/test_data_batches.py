@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from edgekd.data.base import (
+    OF_LABELS,
     Data,
     InMemory,
     evaluation_batches,
@@ -117,9 +118,38 @@ def test_one_augmentation_alone(name):
         assert sum(same) < 16  # 1 in 25 offsets is the middle
 
 
+def test_a_part_is_enlarged_to_the_whole():
+    """Pixels say where they are from, so what comes out is a ramp in each direction."""
+    side = 64
+    ramp = torch.arange(side, dtype=torch.uint8).mul(4).expand(side, side)
+    pictures = torch.stack([ramp, ramp.T, ramp]).expand(50, -1, -1, -1)
+    x, _, flipped = OF_LABELS.apply(pictures, (), ("scale",), torch.Generator().manual_seed(0))
+    assert x.shape == pictures.shape
+    assert x.dtype == torch.uint8
+    assert not flipped.any()
+    first, last = x[:, :, 8, 8].float() / 4, x[:, :, -9, -9].float() / 4
+    shares = ((last - first) / (side - 17))[:, :2]  # of the width and of the height
+    assert ((shares > 0.4) & (shares < 1.03)).all()
+    area, aspect = shares.prod(1), shares[:, 0] / shares[:, 1]
+    assert 0.22 < area.min() < 0.4
+    assert 0.7 < area.max() < 1.05
+    assert 0.7 < aspect.min() < 0.85
+    assert 1.18 < aspect.max() < 1.4
+    assert first.std(0).min() > 2  # they are from anywhere
+
+
+def test_colours_change_and_a_grey_image_stays_grey():
+    picture = torch.full((20, 3, 8, 8), 100, dtype=torch.uint8)
+    x, *_ = OF_LABELS.apply(picture, (), ("colour",), torch.Generator().manual_seed(0))
+    assert (x == x[:, :1, :1, :1]).all()
+    brightness = x[:, 0, 0, 0].float() / 100
+    assert 0.68 < brightness.min() < 0.8
+    assert 1.2 < brightness.max() < 1.31
+
+
 @pytest.mark.parametrize("start", [1, 4, 6])
 def test_starting_later_is_bit_equal_to_the_uninterrupted_epoch(start):
-    random = data(augment=("flip", "crop"))
+    random = data(augment=OF_LABELS.names)
     whole, rest = batches(random, epoch=2), batches(random, epoch=2, start=start)
     assert len(rest) == 6 - start
     for expected, got in zip(whole[start:], rest, strict=True):
