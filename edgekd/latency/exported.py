@@ -141,7 +141,8 @@ KINDS = {
     "avg_pool2d": "pool", "matmul": "matmul",
     **dict.fromkeys(
         ("max_pool2d", "view", "permute", "transpose", "slice", "select", "squeeze", "unsqueeze",
-         "split", "part", "unbind", "pixel_shuffle", "constant_pad_nd"), "pass",
+         "split", "part", "unbind", "pixel_shuffle", "constant_pad_nd", "upsample_nearest2d"),
+        "pass",
     ),
 }  # fmt: skip
 CLIPS = ("relu", "clip")

@@ -103,9 +103,8 @@ MATRIX = CONVOLUTIONS | {
 }  # fmt: skip
 # OpenVINO's that do no work, or that on a handful of numbers
 FREE = {"Const", "Input", "Output", "Reshape", "ShapeOf", "Broadcast", "Range", "Gather"}
-SLOW_NAMES = re.compile("silu|gelu|sigmoid|swish|tanh|mish", re.IGNORECASE)
-# what the exporter calls the HardSwish that it makes of torch's
-HARDSWISH = re.compile(r"(^|,)n\d+(_\d+)?(,|$)")
+SLOW_NAMES = re.compile("silu|gelu|sigmoid|swish|tanh|mish")
+HARD_NAMES = re.compile("hardswish|hardsigmoid")
 SHORT = {"com.microsoft.nchwc": ".nchwc", "com.microsoft": "", "": ""}
 
 
@@ -193,9 +192,9 @@ def of_openvino(node: RuntimeNode) -> Kernel:
     op = node.operator
     out = node.outputs[0]
     channels, height, width = by_place(out)
-    names = node.attributes.get("originalLayersNames", "").replace("hard", "")
-    slow = SLOW_NAMES.search(names)
-    act = "exp" if slow else "hardswish" if HARDSWISH.search(names) else ""
+    names = node.attributes.get("originalLayersNames", "").lower()
+    slow = SLOW_NAMES.search(HARD_NAMES.sub("", names))
+    act = "exp" if slow else "hardswish" if "hardswish" in names else ""
     if op == "Convolution":
         weight = node.inputs[1]
         groups = weight[0] if len(weight) == 5 else 1

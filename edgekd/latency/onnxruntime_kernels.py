@@ -35,6 +35,7 @@ FUSED_INTO_CONV = {"relu", "clip", "sigmoid", "tanh", "leakyrelu", "hardsigmoid"
 FUSED_BLOCKED = FUSED_INTO_CONV | {"hardswish"}
 # elementwise operators that run on blocked maps as they are
 BLOCKED_UNARY = {"relu", "sigmoid", "tanh", "quickgelu", "gelu"}
+RESIZING = ("upsample_nearest2d", "upsample_bilinear2d")
 ONNX = {
     "relu": "Relu", "clip": "Clip", "sigmoid": "Sigmoid", "tanh": "Tanh", "quickgelu": "QuickGelu",
     "gelu": "Gelu", "leakyrelu": "LeakyRelu", "hardsigmoid": "HardSigmoid", "elu": "Elu",
@@ -55,7 +56,7 @@ ORT = {
     "permute": "Transpose", "cat": "Concat", "split": "Split", "unbind": "Split", "part": "",
     "select": "Gather", "slice": "Slice", "mean": "ReduceMean", "unsqueeze": "Unsqueeze",
     "squeeze": "Squeeze", "batch_norm": "BatchNormalization", "input": "", "output": "",
-    "constant": "",
+    "constant": "", **dict.fromkeys(RESIZING, "Resize"),
 }  # fmt: skip
 
 
@@ -265,6 +266,18 @@ def _pool(op: Op, state: _Blocked) -> None:
     state.emit(kernel._replace(op=kernel.op + ".nchwc"), op, channels)
 
 
+def _resize(op: Op, state: _Blocked) -> None:
+    source = op.inputs[0]
+    whole = all(a % b == 0 for a, b in zip(op.shape[2:], source.shape[2:], strict=True))
+    if id(source) not in state.blocked or not whole:
+        _any(op, state)
+        return
+    channels = state.blocked[id(source)]
+    shape = (1, channels, *op.shape[2:])
+    reads = channels * math.prod(source.shape[2:])
+    state.emit(elementwise("Upsample.nchwc", shape, reads), op, channels)
+
+
 def _global_pool(op: Op, state: _Blocked) -> None:
     source = op.inputs[0]
     shape = (1, source.shape[1], 1, 1)
@@ -314,6 +327,7 @@ _RULES: dict[str, Callable[[Op, _Blocked], None]] = {
     "max_pool2d": _pool, "avg_pool2d": _pool, "mean": _mean, "cat": _concat,
     "unbind": _unbind, "permute": _permute, "transpose": _permute, "layer_norm": _layer_norm,
     "part": lambda op, state: None,
+    **dict.fromkeys(RESIZING, _resize),
     **dict.fromkeys(NAMES, _activation),
 }  # fmt: skip
 
@@ -324,7 +338,7 @@ LAST = {"QLinearConv", "NhwcMaxPool", "QLinearGlobalAveragePool", "QLinearAverag
 AGNOSTIC = {
     "QuantizeLinear", "DequantizeLinear", "Add", "Mul", "Sub", "Div", "QLinearAdd",
     "QLinearMul", "QLinearSigmoid", "QLinearConcat", *ONNX.values(), "add", "mul", "sub", "div",
-    "cat", "split", "part",
+    "cat", "split", "part", *RESIZING,
 }  # fmt: skip
 
 

@@ -31,6 +31,7 @@ OPENVINO = {
     "mean": "Reduce", "sum": "Reduce", "transpose": "Transpose", "permute": "Transpose",
     "cat": "Concatenation", "split": "Split", "slice": "StridedSlice", "batch_norm": "Eltwise",
     "addcmul": "Eltwise", "clamp_min": "Eltwise", "view": "", "unsqueeze": "", "squeeze": "",
+    "upsample_nearest2d": "Interpolate", "upsample_bilinear2d": "Interpolate",
     "part": "", "select": "", "input": "", "output": "", "constant": "",
 }  # fmt: skip
 SLOW = {"quickgelu", "gelu", "sigmoid", "tanh", "mish", "elu"}  # with an exponential in them
@@ -136,6 +137,10 @@ def _ov_convolution(op: Op, chains: _Chains) -> None:
 
 def _ov_activation(op: Op, chains: _Chains) -> None:
     source, kind = op.inputs[0], activation(op)
+    if kind == "hardsigmoid":
+        reorder = elementwise("Reorder", op.shape, op.size)
+        chains.kernels += [reorder, elementwise("Math", op.shape, op.size), reorder]
+        return
     taken = "exp" if kind in SLOW else "hardswish" if kind == "hardswish" else ""
     if not chains.take(source, op, taken):
         chains.tensor(op, EXP if kind in SLOW else "Eltwise", op.size)
@@ -147,11 +152,27 @@ def _ov_binary(op: Op, chains: _Chains) -> None:
         if chains.take(source, op, ""):
             return
     if op.kind in SUMS and all(i.kind != "constant" for i in op.inputs):
-        for term in op.inputs:
+        for term in _sum_takers(op, chains):
             if chains.take(term, op, "add"):
                 return
     reads = sum(i.size for i in op.inputs if i.kind != "constant")
     chains.tensor(op, "Eltwise", reads)
+
+
+def _sum_takers(op: Op, chains: _Chains) -> list[Op]:
+    """Terms of the sum `op` whose convolution may add the others, the likeliest first.
+
+    One behind an activation may in integers only, where no convolution reads what it would add.
+    """
+    place = chains.place
+    bare = [term for term in op.inputs if not activation(term)]
+    if place is None:
+        return bare
+    activated = [
+        term for term in op.inputs if activation(term)
+        and not any(u.kind == "convolution" for i in op.inputs if i is not term for u in i.users)
+    ]  # fmt: skip
+    return sorted([*bare, *activated], key=lambda term: not place.joins(term))
 
 
 def _ov_norm(op: Op, chains: _Chains) -> None:
@@ -224,7 +245,7 @@ def _ov_shuffle(op: Op, chains: _Chains) -> None:
     """A view into groups, their transposition, and the view back."""
     turn = op.users[0] if len(op.users) == 1 else op
     shuffles = len(op.shape) == 5 and turn.options.get("axes") == (0, 2, 1, 3, 4)
-    if shuffles and chains.place is None:
+    if shuffles and (chains.place is None or "concat" in chains.place.scheme.shared_scales):
         chains.tensor(turn, "ShuffleChannels", op.size)
         chains.shuffled |= {id(turn), *map(id, turn.users)}
     elif id(op) not in chains.shuffled:

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -47,6 +48,7 @@ def to_onnx(net: Network, target: Target) -> ir.Model:
     unsigned = wanted is not None and wanted.activation_dtype == "uint8"
     model = _exported(net, max(EXPORTED, target.opset), unsigned, target.name).clone()
     _name_ends(model, net)
+    _name_inlined(model)
     if net.scheme is not None:
         _name_quantized(model, net)
     pool_globally(model)
@@ -158,6 +160,13 @@ def _name_ends(model: ir.Model, net: Network) -> None:
         value.name = name
         if value.shape is not None:
             value.shape = ir.Shape(["batch", *value.shape.dims[1:]])
+
+
+def _name_inlined(model: ir.Model) -> None:
+    """Nodes that the exporter numbers (n0, n4_2) say what they are: runtimes show but names."""
+    for index, node in enumerate(model.graph):
+        if re.fullmatch(r"n\d+(_\d+)?", node.name or ""):
+            node.name = f"inlined_{node.op_type}_{index}"
 
 
 def quantized_name(tensor: str) -> str:

@@ -51,6 +51,7 @@ def write_ir(exported: ir.Model, path: Path, *, half: bool) -> dict[str, str]:
                 f"OpenVINO {OpenVino().version()} cannot convert the file: {said}; use other "
                 "operators, Q/DQ ones around float layers where it is quantized"
             ) from None
+        _quantize_terms(model)
         if KEY in exported.metadata_props:
             model.set_rt_info(exported.metadata_props[KEY], KEY)
         try:
@@ -58,6 +59,44 @@ def write_ir(exported: ir.Model, path: Path, *, half: bool) -> dict[str, str]:
         except RuntimeError as error:
             raise OSError(f"OpenVINO could not write {path}: {error}") from None
     return versions | {"openvino": OpenVino().version()}
+
+
+def _quantize_terms(model: Any) -> None:
+    """Quantize what a concatenation joins, not what comes out of it; all have one scale.
+
+    The conversion leaves one quantizer behind it, which the compiler puts in front again: beside
+    what quantizes a term for its other readers, where both are too many to run inside the layer
+    that made it. DenseNet-121 takes 0.7 of the time without them.
+    """
+    opset = _openvino().opset13
+    for last in model.get_ordered_ops():
+        if last.get_type_name() != "FakeQuantize":
+            continue
+        joined = last.input_value(0).get_node()
+        if joined.get_type_name() != "Concat" or len(joined.output(0).get_target_inputs()) > 1:
+            continue
+        for index, term in enumerate(joined.input_values()):
+            readers = [reader.get_node() for reader in term.get_target_inputs()]
+            quantizer = next((each for each in readers if _same_quantizer(each, last)), None)
+            if quantizer is None:
+                ends = [last.input_value(i) for i in range(1, 5)]
+                name = f"{last.get_friendly_name()}.{index}"
+                levels = last.get_attributes()["levels"]
+                quantizer = opset.fake_quantize(term, *ends, levels=levels, name=name)
+            joined.input(index).replace_source_output(quantizer.output(0))
+        joined.output(0).add_names(last.output(0).get_names())
+        for reader in last.output(0).get_target_inputs():
+            reader.replace_source_output(joined.output(0))
+
+
+def _same_quantizer(a: Any, b: Any) -> bool:
+    """Whether both are quantizers of the same range and number of integers."""
+    if a.get_type_name() != b.get_type_name() or a.get_attributes() != b.get_attributes():
+        return False
+    ends = [[node.input_value(i).get_node() for i in range(1, 5)] for node in (a, b)]
+    if any(end.get_type_name() != "Constant" for each in ends for end in each):
+        return False
+    return all(np.array_equal(x.data, y.data) for x, y in zip(*ends, strict=True))
 
 
 class OpenVino:

@@ -35,12 +35,64 @@ class Difference(nn.Module):
         return self.head(self.last((self.a(x) - self.b(x)).relu()).mean((2, 3)))
 
 
+class Pyramid(nn.Module):
+    """Two scales, the coarse one added to the fine, as a feature pyramid does."""
+
+    def __init__(self, mode: str) -> None:
+        super().__init__()
+        self.mode = mode
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU6())
+        self.down = nn.Sequential(nn.Conv2d(16, 24, 3, 2, 1), nn.Hardswish())
+        self.lateral = nn.Sequential(nn.Conv2d(16, 24, 1), nn.ReLU())
+        self.out = nn.Sequential(nn.Conv2d(24, 24, 3, 1, 1), nn.ReLU())
+        self.head = nn.Linear(24, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        fine = self.stem(x)
+        coarse = nn.functional.interpolate(self.down(fine), scale_factor=2, mode=self.mode)
+        return self.head(self.out(self.lateral(fine) + coarse).mean((2, 3)))
+
+
+class Joined(nn.Module):
+    """A concatenation of what another layer reads too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU())
+        self.more = nn.Sequential(nn.Conv2d(16, 16, 3, 1, 1), nn.ReLU())
+        self.last = nn.Sequential(nn.Conv2d(32, 32, 1), nn.ReLU())
+        self.head = nn.Linear(32, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        return self.head(self.last(torch.cat([x, self.more(x)], 1)).mean((2, 3)))
+
+
+class HardGate(nn.Module):
+    """Channels weighed by a hard sigmoid, as in MobileNetV3."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU())
+        self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(16, 16, 1), nn.Hardsigmoid())
+        self.last = nn.Conv2d(16, 24, 1)
+        self.head = nn.Linear(24, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        return self.head(self.last(x * self.gate(x)).relu().mean((2, 3)))
+
+
 def networks() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
     return {
         "residual, pruned": (resnet(num_classes=10, widths=(24, 40), depths=(1, 2)), (3, 32, 32)),
         "squeeze-excite": probe("depthwise", 0),
         "attention": probe("transformer", 3),
         "difference": (Difference(), (3, 32, 32)),
+        "pyramid, nearest": (Pyramid("nearest"), (3, 32, 32)),
+        "pyramid, bilinear": (Pyramid("bilinear"), (3, 32, 32)),
+        "joined": (Joined(), (3, 32, 32)),
+        "hard gate": (HardGate(), (3, 32, 32)),
     }
 
 
