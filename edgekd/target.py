@@ -44,6 +44,9 @@ class QuantScheme(_Frozen):
         symmetric_matmul: whether a product of two activations wants its factors as int8 with zero
             point 0 (what a softmax gives, from 0 on, as all others), and gives floats: so does
             OpenVINO's attention kernel.
+        symmetric_norms: whether what a vector norm reads is int8 with zero point 0, if it may be
+            below 0. OpenVINO's zeros are else off by a millionth of a step: all that a vector of
+            zeros is, and its norm makes a whole vector of it.
         outputs: whether the output of an integer operator is quantized too.
         integer_inputs, integer_outputs: whether the file takes and gives integers; their scales are
             in its metadata, see `integer_ends`.
@@ -64,6 +67,7 @@ class QuantScheme(_Frozen):
     shared_scales: tuple[Literal["add", "concat", "pool"], ...] = ()
     fixed_scales: tuple[Literal["sigmoid"], ...] = ()
     symmetric_matmul: bool = False
+    symmetric_norms: bool = False
     outputs: bool
     least_pooled_channels: int = 1
     integer_inputs: bool = False

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import operator
 from collections import Counter
 from collections.abc import Collection
 from typing import Any, Literal
@@ -280,7 +281,9 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no type
             root = arguments(root)[0]
         if root not in self._specs:
             bound = upper_bound(root)
-            symmetric = self.scheme.symmetric_matmul and self._is_factor(root)
+            symmetric = (self.scheme.symmetric_matmul and self._is_factor(root)) or (
+                self.scheme.symmetric_norms and _is_normalized(root)
+            )
             dtype = torch.int8 if symmetric else getattr(torch, self.scheme.activation_dtype)
             self._specs[root] = QuantizationSpec(
                 dtype=dtype,
@@ -325,6 +328,24 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no type
 def _passes(node: Node) -> bool:
     """Whether a "pass" operator does so with these arguments: a Pad of other than 0 does not."""
     return not ("pad" in str(node.target) and any(arguments(node)[3:]))
+
+
+def _is_normalized(node: Node) -> bool:
+    """Whether a vector norm reads `node`, moved or joined or not, and it may be below 0."""
+    return any(
+        _is_normalized(user)
+        if user.target in (*MOVING, aten.cat.default, operator.getitem)
+        else user.target is aten.linalg_vector_norm.default and not _nonnegative(node)
+        for user in node.users
+    )
+
+
+def _nonnegative(node: Node) -> bool:
+    """Whether `node` is known to give nothing below 0: its zero point is 0."""
+    if upper_bound(node) is not None or node.target in (aten.sigmoid.default, aten.softmax.int):
+        return True
+    keeps = node.target in MOVING or KINDS.get(node.target) in ("add", "mul", "concat", "pool")
+    return keeps and all(map(_nonnegative, node.all_input_nodes))
 
 
 def _ends(node: Node) -> bool:

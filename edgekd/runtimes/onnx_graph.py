@@ -387,6 +387,35 @@ def own_zero_points(model: ir.Model) -> int:
     return count
 
 
+def pad_before_averages(model: ir.Model) -> int:
+    """An average of integers that counts its padding gets it from a Pad, for OpenVINO.
+
+    It would pad with the integer 0, which is the real 0 only of uint8 with zero point 0. Q/DQ
+    behind the Pad, of the same integers, keep it from being fused into the average again.
+    """
+    count = 0
+    for node in list(model.graph):
+        pads = list(node.attributes.get_ints("pads", ()))
+        dq = producer(node.inputs[0], "DequantizeLinear") if node.op_type == "AveragePool" else None
+        if dq is None or not any(pads) or not node.attributes.get_int("count_include_pad", 0):
+            continue
+        zero = constant(dq.inputs[2]) if len(dq.inputs) > 2 else None
+        if zero is not None and zero.dtype == np.uint8 and not zero.any():
+            continue
+        half, name = len(pads) // 2, f"{node.outputs[0].name}.padded"
+        sides = np.array([0, 0, *pads[:half], 0, 0, *pads[half:]])
+        pad = ir.node(
+            "Pad", [node.inputs[0], new_constant(model.graph, f"{name}.pads", sides)], name=name
+        )
+        q = ir.node("QuantizeLinear", [*pad.outputs, *dq.inputs[1:]], name=f"{name}.quantize")
+        again = ir.node("DequantizeLinear", [*q.outputs, *dq.inputs[1:]], name=f"{name}.dequantize")
+        model.graph.insert_before(node, [pad, q, again])
+        node.replace_input_with(0, again.outputs[0])
+        node.attributes["pads"] = ir.AttrInt64s("pads", [0] * len(pads))
+        count += 1
+    return count
+
+
 def _drop_unused(model: ir.Model) -> None:
     """Nodes and initializers that nothing reads any more."""
     from onnx_ir.passes.common import RemoveUnusedNodesPass

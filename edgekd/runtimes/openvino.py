@@ -15,7 +15,7 @@ from edgekd.errors import MissingPackageError, StateError, TargetError
 from edgekd.network import Network
 from edgekd.runtimes.base import Arrays, in_batches
 from edgekd.runtimes.integer_ends import KEY, IntegerEnds
-from edgekd.runtimes.onnx_graph import own_zero_points, save_onnx, to_onnx
+from edgekd.runtimes.onnx_graph import own_zero_points, pad_before_averages, save_onnx, to_onnx
 from edgekd.target import Target
 
 MATRIX_LAYERS = {
@@ -40,6 +40,7 @@ def write_ir(exported: ir.Model, path: Path, *, half: bool) -> dict[str, str]:
     openvino = _openvino()
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "model.onnx"
+        pad_before_averages(exported)
         own_zero_points(exported)
         versions = save_onnx(exported, source)
         try:

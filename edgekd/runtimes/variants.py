@@ -24,7 +24,7 @@ from edgekd.runtimes.detections import (
     append_suppression,
 )
 from edgekd.runtimes.integer_ends import KEY, cut_ends
-from edgekd.runtimes.onnx_graph import own_zero_points, to_onnx
+from edgekd.runtimes.onnx_graph import own_zero_points, pad_before_averages, to_onnx
 from edgekd.runtimes.operator_tables import operator_table
 from edgekd.runtimes.preprocessing import fold_preprocessing
 from edgekd.runtimes.rules import check_operators
@@ -152,6 +152,7 @@ def _with_boxes(path: Path, target: Target, net: Network) -> ir.Model:
         model = ir.load(path)
     else:  # OpenVINO's own format holds the same
         model = to_onnx(net, target)
+        pad_before_averages(model)
         own_zero_points(model)
     append_decoding(model, net.io.decoding)
     return model

@@ -580,6 +580,27 @@ def test_factors_of_a_product_are_symmetric_on_request(scheme: QuantScheme):
     assert zeros and all(zero[0] == 0 for zero in zeros)
 
 
+@pytest.mark.parametrize(
+    ("function", "symmetric"),
+    [
+        (lambda m, x: F.normalize(m.a(x), dim=1), True),
+        (lambda m, x: F.normalize(m.a(x).unbind(1)[0].flatten(1), dim=1), True),
+        (lambda m, x: F.normalize(torch.cat([m.a(x), x], 1), dim=1), True),
+        (lambda m, x: F.normalize(m.a(x).relu(), dim=1), False),  # its zero point is its least
+        (lambda m, x: F.softmax(m.a(x), dim=1), False),
+    ],
+)
+def test_what_a_norm_reads_is_symmetric_on_request(
+    function: Function, symmetric: bool, scheme: QuantScheme
+):
+    assert scheme.outputs and not scheme.symmetric_norms
+    for asked in (True, False):
+        changed = scheme.model_copy(update={"symmetric_norms": asked})
+        found = quantizers(place(graph_of(function, (4, 8, 8)), changed))
+        activations = [q for name, q in found.items() if name not in ("x", "a_weight")]
+        assert {q.symmetric for q in activations} == {asked and symmetric}
+
+
 def test_a_silu_is_a_sigmoid_and_a_product_where_both_are_in_integers(scheme: QuantScheme):
     assert "sigmoid" in scheme.ops
     module = Layers(lambda m, x: m.b(F.silu(m.a(x))) + x)

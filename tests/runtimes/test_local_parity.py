@@ -302,6 +302,55 @@ def test_openvino_takes_a_sum_into_a_convolution_and_its_relu(tmp_path: Path):
         assert found.max_steps <= 1
 
 
+class PaddedAverage(nn.Module):
+    """Of a convolution; the averages at the border count its padding."""
+
+    def __init__(self, activation: nn.Module) -> None:
+        super().__init__()
+        self.stem, self.activation = nn.Conv2d(3, 16, 3, 2, 1), activation
+        self.average, self.head = nn.AvgPool2d(3, 2, 1), nn.Conv2d(16, 8, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.head(self.average(self.activation(self.stem(x))))
+        return y
+
+
+class CosineAttention(nn.Module):
+    """Keys have no bias, and a window may be all padding: Swin V2's, arXiv:2111.09883."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.head = nn.Linear(16, 48), nn.Linear(16, 16)
+        nn.init.zeros_(self.qkv.bias[16:32])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(F.pad(x, (0, 0, 0, 4))).chunk(3, -1)
+        cosines = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(1, 2)
+        y: torch.Tensor = self.head((8 * cosines).softmax(-1) @ v)
+        return y
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "padded"),
+    [
+        (lambda: PaddedAverage(nn.Identity()), (3, 32, 32), 1),
+        (lambda: PaddedAverage(nn.ReLU()), (3, 32, 32), 0),  # its zero is the integer 0
+        (CosineAttention, (12, 16), 1),
+    ],
+)
+def test_zeros_are_zeros_in_openvino(
+    module: Callable[[], nn.Module], shape: tuple[int, ...], padded: int, tmp_path: Path
+):
+    pytest.importorskip("openvino")
+    torch.manual_seed(0)
+    x = torch.randn(4, *shape)
+    net = quantize(Network(module(), x[:1]), target="intel-cpu", data=[x], accelerator="cpu")
+    path = export(net, target="intel-cpu", out=tmp_path / "vino").path
+    session = get_runtime("openvino").load(path, threads=1)
+    assert local_parity(net, [x], written=None, shipped=session).passes["as shipped"].max_steps <= 1
+    assert path.read_text().count('type="Pad"') == padded
+
+
 # ---- what is wrong is found where it is ----------------------------------------------------------
 
 
