@@ -97,9 +97,11 @@ def networks() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
 
 
 # OpenVINO drops the sum with a position that is all zeros, as an untrained network's is; in
-# integers it has a transposition more in the first of the blocks
+# integers it has a transposition more in the first of the blocks, and a quantizer of what is pooled
+# once more where a gate follows
 KNOWN = {
     ("attention", "intel-cpu"): {"Eltwise", "Transpose.map"},
+    ("hard gate", "intel-cpu"): {"FakeQuantize"},
 }
 
 

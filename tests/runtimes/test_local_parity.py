@@ -559,3 +559,34 @@ def test_saturation_is_explained_where_it_is_possible(
     assert found.as_shipped.max_steps > 1
     assert any("vpmaddubsw" in cause for cause in found.as_shipped.causes) == explained
     assert found.as_written.causes == ()  # float kernels do not saturate
+
+
+class Dense(nn.Module):
+    """Each layer reads all that came before, Huang et al. 2016, arXiv:1608.06993."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.c, self.head = nn.Conv2d(32, 16, 3, padding=1), nn.Conv2d(48, 8, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a = self.a(x).relu()
+        b = self.b(a).relu()
+        c = self.c(torch.cat([a, b], 1)).relu()
+        y: torch.Tensor = self.head(torch.cat([a, b, c], 1))
+        return y
+
+
+def test_openvino_quantizes_what_a_concatenation_joins_inside_its_layers(tmp_path: Path):
+    pytest.importorskip("openvino")
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 16, 16)
+    net = quantize(Network(Dense(), x[:1]), target="intel-cpu", data=[x], accelerator="cpu")
+    path = export(net, target="intel-cpu", out=tmp_path / "vino").path
+    session = get_runtime("openvino").load(path, threads=1)
+    local = local_parity(net, [x], written=None, shipped=session).passes["as shipped"]
+    assert local.max_steps <= 1
+    assert local.tensors == local.of  # concatenations too are found by their names
+    kinds = Counter(node.operator for node in runtime_nodes("openvino", path))
+    assert kinds["Concatenation"] == 2
+    assert kinds["FakeQuantize"] == 1  # the input's: all others run inside convolutions
