@@ -23,14 +23,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
 from edgekd import __version__
 from edgekd.errors import MissingPackageError, ModelError, StateError
 from edgekd.files import write_atomically
 from edgekd.network import Network
-from edgekd.quantization.capture import arguments
+from edgekd.quantization.capture import WEIGHTED, arguments
 from edgekd.quantization.layers import quantizer_at
 from edgekd.runtimes.base import Arrays
 from edgekd.runtimes.integer_ends import IntegerEnd, IntegerEnds
@@ -204,9 +204,11 @@ def _rename(ends: list[Any], names: Sequence[str]) -> list[int]:
 def _activations(net: Network, model: Any) -> Iterator[tuple[str, tuple[int, bool]]]:
     """Where each quantized activation is in the file: the same scale, zero point and shape.
 
-    The converter keeps no names. Of several tensors that fit, the operators' order decides. What it
-    transposes has no name; nor has a cube that may be of either layout. Rows of features may have
-    been reshaped: (N, H, W, C) here and (1, H · W, C) there.
+    The converter keeps no names. Of several tensors that fit, behind as many layers, the operators'
+    order decides. What it transposes has no name; nor has a cube that may be of either layout; nor
+    a reshape of what has one, the same integers: by its shape alone, it may be what is transposed
+    later (a Swin block's windows). Rows of features may have been reshaped: (N, H, W, C) here and
+    (1, H · W, C) there.
     """
     if net.scheme is None:
         return
@@ -226,16 +228,27 @@ def _activations(net: Network, model: Any) -> Iterator[tuple[str, tuple[int, boo
         int(i) for op in graph.operators if codes[op.opcodeIndex] == kinds.CONCATENATION
         for i in op.outputs
     }  # fmt: skip
+    depth, stored_depth = _depths(net.module.graph), _stored_depths(model)
+    found: dict[Node, tuple[float, int]] = {}  # reader -> scale and zero point
+    origin = {index: index for index in left}  # a tensor and its reshapes are one
+    for op in graph.operators:
+        if codes[op.opcodeIndex] == kinds.RESHAPE:
+            origin[int(op.outputs[0])] = origin.get(op.inputs[0], int(op.inputs[0]))
     for reader in net.module.graph.find_nodes(op="call_module"):
         source, quantizer = arguments(reader)[0], quantizer_at(net.module, reader)
         if source.op == "get_attr" or quantizer is None:
             continue
         wanted = quantizer.scale.item(), int(quantizer.zero_point)
+        reshaped = source.target is torch.ops.aten.reshape.default
+        if reshaped and found.get(arguments(source)[0]) == wanted:
+            found[reader] = wanted
+            continue
         shape = tuple(source.meta["val"].shape)
         fitting = [
             (index, layouts[0])
             for index, certain in left.items()
             if _parameters(graph.tensors[index]) == wanted
+            and stored_depth.get(index) == depth[source]
             and any(layouts := _layouts(shape, tuple(graph.tensors[index].shape)))
             and (certain or one_layout or not all(layouts))
         ]
@@ -247,7 +260,9 @@ def _activations(net: Network, model: Any) -> Iterator[tuple[str, tuple[int, boo
                 del left[index]
             fitting = behind
         if fitting:
-            del left[fitting[0][0]]
+            same = origin[fitting[0][0]]
+            left = {i: certain for i, certain in left.items() if origin[i] != same}
+            found[reader] = wanted
             yield quantized_name(source.name), fitting[0]
 
 
@@ -258,8 +273,32 @@ def _layouts(own: tuple[int, ...], stored: tuple[int, ...]) -> tuple[bool, bool]
     # rows of features in one axis on either side, and several on the other; an image has none
     image = len(own) == 4 and own[1] == own[3]
     rows = own[-1:] == stored[-1:] and math.prod(own) == 2 * math.prod(stored) and not image
-    merged = any(sum(side > 1 for side in shape[:-1]) <= 1 for shape in (own[1:], stored))
+    sample = own[0] // 2, *own[1:]  # a Swin block's windows are in the first axis
+    merged = any(sum(side > 1 for side in shape[:-1]) <= 1 for shape in (sample, stored))
     return False, stored[1:] == own[1:] or (rows and merged)
+
+
+def _depths(graph: Graph) -> dict[Node, int]:
+    """Of each node, how many layers with weights are on the longest way to it."""
+    depth: dict[Node, int] = {}
+    for node in graph.nodes:
+        before = max((depth[n] for n in node.all_input_nodes), default=0)
+        depth[node] = before + (node.target in WEIGHTED)
+    return depth
+
+
+def _stored_depths(model: Any) -> dict[int, int]:
+    """The same of each tensor in the file that depends on an input."""
+    (graph,) = model.subgraphs
+    kinds = _litert("schema_py_generated").BuiltinOperator
+    layers = {getattr(kinds, name) for name in MATRIX_OPS}
+    depth = {int(index): 0 for index in graph.inputs}
+    for op in graph.operators:
+        if before := [depth[i] for i in op.inputs if i in depth]:
+            layer = model.operatorCodes[op.opcodeIndex].builtinCode in layers
+            weighted = layer and op.inputs[1] not in depth
+            depth |= {int(i): max(before) + weighted for i in op.outputs}
+    return depth
 
 
 def _parameters(tensor: Any) -> tuple[float, int] | None:

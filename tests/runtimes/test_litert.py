@@ -18,7 +18,7 @@ from torch.fx import GraphModule
 from edgekd.errors import MissingPackageError, StateError
 from edgekd.network import Network
 from edgekd.quantization.fake_quant import FakeQuant
-from edgekd.quantization.placement import quantized_activations, quantizers
+from edgekd.quantization.placement import MOVING, quantized_activations, quantizers
 from edgekd.runtimes.base import Artifact
 from edgekd.runtimes.litert import LiteRt, LiteRtSession, _layouts
 from edgekd.runtimes.onnx_graph import quantized_name
@@ -313,12 +313,64 @@ def test_what_is_rolled_and_rows_of_features_are_compared(tmp_path: Path):
     assert {"quant.roll", "quant.linear_default", "quant.gelu", "quant.add"} <= places.keys()
 
 
+class Windowed(nn.Module):
+    """A Swin block's windows, as many as each has rows, around two linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.behind = nn.Conv2d(3, 24, 3, 2, 1), nn.Conv2d(24, 8, 1)
+        self.norm, self.inner, self.outer = nn.LayerNorm(24), nn.Linear(24, 24), nn.Linear(24, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.before(x).permute(0, 2, 3, 1)
+        windows = self.norm(x).reshape(-1, 4, 4, 4, 4, 24).transpose(2, 3).reshape(-1, 16, 24)
+        y = self.outer(nn.functional.gelu(self.inner(windows)))
+        y = y.reshape(-1, 4, 4, 4, 4, 24).transpose(2, 3).reshape(-1, 16, 16, 24)
+        return self.behind((x + y).permute(0, 3, 1, 2))
+
+
+class LayerScaled(nn.Module):
+    """ConvNeXt's blocks before training: all their linear layers give the smallest scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.behind = nn.Conv2d(3, 24, 3, 2, 1), nn.Conv2d(24, 8, 1)
+        self.deep = nn.ModuleList(nn.Conv2d(24, 24, 3, 1, 1, groups=24) for _ in range(3))
+        self.wide = nn.ModuleList(nn.Linear(24, 24) for _ in range(3))
+        self.scales = nn.ParameterList(torch.full((24, 1, 1), 1e-6) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.before(x)
+        for deep, wide, scale in zip(self.deep, self.wide, self.scales, strict=True):
+            x = x + scale * wide(deep(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.behind(x)
+
+
+@needs_converter
+@pytest.mark.parametrize("module", [Windowed, LayerScaled])
+def test_equal_scales_and_shapes_are_told_apart(tmp_path: Path, module: type[nn.Module]):
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 32, 32)
+    net = quantize(Network(module(), x[:1]), target=PHONE, data=[x], accelerator="cpu")
+    artifact = export(net, target=PHONE, out=tmp_path)
+    parity = verify(artifact, net, data=[(x,)], mean_steps=1.0)
+    assert parity.local is not None and parity.local.as_written is not None
+    assert parity.local.as_written.max_steps <= 1
+    assert isinstance(net.module, GraphModule)
+    places = LiteRt().load(artifact.path, threads=1)._places
+    nodes = {n.name: n for n in net.module.graph.nodes}
+    missing = {n for n in quantized_activations(net.module) if quantized_name(n) not in places}
+    assert {nodes[n].target for n in missing} <= MOVING
+
+
 def test_rows_may_be_merged_but_not_exchanged():
     assert _layouts((512, 96), (1, 16, 16, 96)) == (False, True)
     assert _layouts((2, 16, 16, 96), (1, 256, 96)) == (False, True)
     assert _layouts((2, 96, 16, 8), (1, 16, 8, 96)) == (True, False)
     assert _layouts((2, 8, 8, 8), (1, 8, 8, 8)) == (True, True)
     assert _layouts((2, 197, 3, 64), (1, 3, 197, 64)) == (False, False)
+    assert _layouts((128, 49, 96), (1, 3136, 96)) == (False, True)
+    assert _layouts((128, 49, 96), (1, 56, 56, 96)) == (False, False)
 
 
 @needs_converter
