@@ -282,9 +282,10 @@ class _Run:
         place, kept = RunDir(folder), folder / "choice.json"
         if place.done() is None:
             self._say(folder)
-            choice = choose_student(
-                recipe, self.targets, data=self.data, build=self._network, folder=folder
-            )
+            choice = choose_student(  # hundreds of members: the chosen one alone is looked at
+                recipe, self.targets, data=self.data, folder=folder,
+                build=lambda section: new_network(section, self.data, recipe),
+            )  # fmt: skip
             folder.mkdir(exist_ok=True)
             write_atomically(kept, choice.model_dump_json(indent=1))
             place.finish({"member": choice.chosen.member.name})

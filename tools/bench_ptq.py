@@ -8,7 +8,8 @@
 Agreement: EfficientNet-Lite0 with its real weights; photos are split once, by photo: 200 to learn
 from (the first 100 calibrate, for every arm), the others to count top-1 answers that differ from
 FP32's. Our arms are post-training and label-free distillation (`quantize` with the
-float network as the teacher and no task). Peers: ONNX Runtime's static quantization (U8S8, Q/DQ,
+float network as the teacher and no task), on OpenVINO with seven bits in a weight and, where the
+processor has VNNI, with eight as NNCF has. Peers: ONNX Runtime's static quantization (U8S8, Q/DQ,
 per channel, min-max) and NNCF's, on OpenVINO.
 
 Latency: the twelve networks of matrix.py, batch 1, one thread, files of all arms in turns; the
@@ -104,8 +105,14 @@ def as_data(batches: list[Tensor]) -> Data:
     return Data("photos", {"train": images, "test": images}, ("photo",), half, ("flip", "crop"))
 
 
-def agreement(path: Path, only: Sequence[str], kept: list[dict[str, Any]]) -> dict[str, Any]:
-    """Every arm on the held-out photos; or `only` some, beside the rows `kept` of the others."""
+def agreement(
+    path: Path, arms: Sequence[str], targets: Sequence[str], kept: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Every arm on the held-out photos; or these alone, beside the rows `kept` of the others."""
+
+    def asked(arm: str, target: str) -> bool:
+        return (not arms or arm in arms) and (not targets or target in targets)
+
     batches = photos(path)
     size = len(batches[0])
     calibration, held_out = batches[: CALIBRATION // size], batches[LEARNT // size :]
@@ -122,7 +129,7 @@ def agreement(path: Path, only: Sequence[str], kept: list[dict[str, Any]]) -> di
             "batch_size": BATCH, "lr": LR,
         },
     }  # fmt: skip
-    rows = [row for row in kept if only and row["arm"] not in only]
+    rows = [row for row in kept if not asked(row["arm"], row["target"])]
 
     def add(arm: str, target: str, file: Path) -> None:
         n, differ = sum(map(len, held_out)), disagreements(file, target, held_out, wanted)
@@ -137,13 +144,12 @@ def agreement(path: Path, only: Sequence[str], kept: list[dict[str, Any]]) -> di
         fp32 = edgekd.export(net, target=ORT, out=folder / "fp32").path
         for target, peers in PEERS.items():
             for arm, (peer, file) in peers.items():
-                if only and arm not in only:
-                    continue
-                add(arm, target, peer(fp32, calibration, folder / file))
+                if asked(arm, target):
+                    add(arm, target, peer(fp32, calibration, folder / file))
         for index, (arm, options) in enumerate(ours.items()):
-            if only and arm not in only:
-                continue
-            for target in PEERS:
+            for target in (ORT, OPENVINO, VNNI):
+                if not asked(arm, target) or not edgekd.Target.load(target).native_here:
+                    continue
                 quantized = edgekd.quantize(net, target=target, **common | options)
                 artifact = edgekd.export(quantized, target=target, out=folder / f"{index}-{target}")
                 add(arm, target, artifact.path)
@@ -203,6 +209,7 @@ def main() -> None:
     parser.add_argument("--photos", type=Path, help="zip of 256 × 256 JPEGs")
     parser.add_argument("--agreement", action="store_true")
     parser.add_argument("--arms", nargs="*", default=[], help="only these of the agreement")
+    parser.add_argument("--targets", nargs="*", default=[], help="only these of the agreement")
     parser.add_argument("--latency", action="store_true")
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), help="of the latency")
     parser.add_argument("--rounds", type=int, default=5)
@@ -211,7 +218,7 @@ def main() -> None:
     result = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     if options.agreement:
         kept = result.get("agreement", {}).get("rows", [])
-        result["agreement"] = agreement(options.photos, options.arms, kept)
+        result["agreement"] = agreement(options.photos, options.arms, options.targets, kept)
     if options.latency:
         kept = result.get("latency", {}).get("rows", [])
         result["latency"] = latency(options.rounds, options.networks, kept)

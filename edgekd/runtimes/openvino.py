@@ -71,33 +71,32 @@ def _quantize_terms(model: Any) -> None:
     """
     opset = _openvino().opset13
     for last in model.get_ordered_ops():
-        if last.get_type_name() != "FakeQuantize":
+        if (wanted := _quantizer(last)) is None:
             continue
         joined = last.input_value(0).get_node()
         if joined.get_type_name() != "Concat" or len(joined.output(0).get_target_inputs()) > 1:
             continue
         for index, term in enumerate(joined.input_values()):
             readers = [reader.get_node() for reader in term.get_target_inputs()]
-            quantizer = next((each for each in readers if _same_quantizer(each, last)), None)
+            quantizer = next((each for each in readers if _quantizer(each) == wanted), None)
             if quantizer is None:
                 ends = [last.input_value(i) for i in range(1, 5)]
                 name = f"{last.get_friendly_name()}.{index}"
-                levels = last.get_attributes()["levels"]
-                quantizer = opset.fake_quantize(term, *ends, levels=levels, name=name)
+                quantizer = opset.fake_quantize(term, *ends, levels=wanted[0], name=name)
             joined.input(index).replace_source_output(quantizer.output(0))
         joined.output(0).add_names(last.output(0).get_names())
         for reader in last.output(0).get_target_inputs():
             reader.replace_source_output(joined.output(0))
 
 
-def _same_quantizer(a: Any, b: Any) -> bool:
-    """Whether both are quantizers of the same range and number of integers."""
-    if a.get_type_name() != b.get_type_name() or a.get_attributes() != b.get_attributes():
-        return False
-    ends = [[node.input_value(i).get_node() for i in range(1, 5)] for node in (a, b)]
-    if any(end.get_type_name() != "Constant" for each in ends for end in each):
-        return False
-    return all(np.array_equal(x.data, y.data) for x, y in zip(*ends, strict=True))
+def _quantizer(node: Any) -> tuple[int, list[float]] | None:
+    """Number of integers and ends of a quantizer with one range; None of any other node."""
+    if node.get_type_name() != "FakeQuantize":
+        return None
+    ends = [node.input_value(i).get_node() for i in range(1, 5)]
+    if any(end.get_type_name() != "Constant" or end.data.size > 1 for end in ends):
+        return None
+    return node.get_attributes()["levels"], [float(end.data.item()) for end in ends]
 
 
 class OpenVino:
