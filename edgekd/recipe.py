@@ -177,7 +177,7 @@ class VerifySection(_Section):
 class ProfileSection(_Section):
     """Keywords of `edgekd.profile`."""
 
-    runs: Count = 300
+    runs: Count = 5000
     threads: Count = 1
 
 

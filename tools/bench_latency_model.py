@@ -38,6 +38,7 @@ import edgekd
 from edgekd.files import write_atomically
 from edgekd.latency.calibrate import (
     PROBES,
+    TOGETHER,
     export_files,
     runnable,
     timed,
@@ -56,7 +57,7 @@ from edgekd.target import Target
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "docs" / "bench" / "latency_model"
 TARGETS = ("host-onnxruntime", "intel-cpu")
-TEST_SEED = 20261144
+TEST_SEED = 20261200
 KINDS: tuple[ProbeKind, ...] = ("dense", "depthwise", "transformer")
 # name -> side in pixels
 NAMED = {
@@ -116,27 +117,37 @@ def export_one(name: str, files: Path) -> None:
     write_atomically(files / "done", "")
 
 
-def measure_one(name: str, files: Path) -> None:
-    """The files of a network that a runtime runs, in turns, and the reference network with them."""
-    module, shape = build(name)
-    net = edgekd.Network(module.eval(), torch.zeros(1, *shape))
-    measured: dict[str, dict[str, Any]] = {}
+def measure(names: Sequence[str], folder: Path) -> None:
+    """The files of networks that a runtime runs, in turns with the reference network."""
+    measured: dict[str, dict[str, Any]] = {name: {} for name in names}
     for target in map(Target.load, TARGETS):
         suffix = get_runtime(target.runtime).suffix
-        paths = {p: files / f"{target.name}-{p}{suffix}" for p in runnable(target)}
-        for precision, found in timed(paths, target.runtime, 1).items():
+        paths = {
+            (name, p): files_of(name, folder) / f"{target.name}-{p}{suffix}"
+            for name in names for p in runnable(target)
+        }  # fmt: skip
+        for (name, precision), found in timed(paths, target.runtime, 1).items():
             low, high = median_interval(found.samples)
-            measured[f"{target.name} {precision}"] = {
+            measured[name][f"{target.name} {precision}"] = {
                 "quiet_ms": found.quiet_ms, "reference_ms": found.reference_ms,
                 "p50_ms": float(np.median(found.samples)), "low_ms": low, "high_ms": high,
-                "runs": len(found.samples), "sha256": fingerprint(paths[precision])[0],
+                "runs": len(found.samples), "sha256": fingerprint(paths[name, precision])[0],
             }  # fmt: skip
-    record = {
-        "network": name, "shape": shape, "params": net.params, "macs": net.macs,
-        "host": host_name(), "date": today(), "clock": "cpu", "threads": 1, "measured": measured,
-        "versions": {r: get_runtime(r).version() for r in ("onnxruntime", "openvino")},
-    }  # fmt: skip
-    write_atomically(kept(name), json.dumps(record, indent=1))
+    for name in names:
+        module, shape = build(name)
+        net = edgekd.Network(module.eval(), torch.zeros(1, *shape))
+        record = {
+            "network": name, "shape": shape, "params": net.params, "macs": net.macs,
+            "host": host_name(), "date": today(), "clock": "cpu", "threads": 1,
+            "measured": measured[name],
+            "versions": {r: get_runtime(r).version() for r in ("onnxruntime", "openvino")},
+        }  # fmt: skip
+        write_atomically(kept(name), json.dumps(record, indent=1))
+
+
+def files_of(name: str, folder: Path) -> Path:
+    """Where a network's exported files are."""
+    return folder / name.replace("/", "-")
 
 
 def kept(name: str) -> Path:
@@ -172,14 +183,20 @@ def run(what: str, part: str, minutes: float, folder: Path) -> None:
     KEPT.mkdir(parents=True, exist_ok=True)
     index, parts = map(int, part.split("/"))
     began = time.monotonic()
-    for name in test_names()[index::parts]:
-        files = folder / name.replace("/", "-")
+    done = {name: (files_of(name, folder) / "done").exists() for name in test_names()}
+    if what == "export":
+        missing = [[name] for name in test_names()[index::parts] if not done[name]]
+    else:
+        exported = [name for name in test_names() if done[name] and not kept(name).exists()]
+        missing = [exported[i : i + TOGETHER] for i in range(0, len(exported), TOGETHER)]
+    for names in missing:
         if time.monotonic() - began > 60 * minutes:
             break
-        if what == "export" and not (files / "done").exists():
-            in_child(what, name, partial(export_one, name, files))
-        elif what == "measure" and (files / "done").exists() and not kept(name).exists():
-            in_child(what, name, partial(measure_one, name, files))
+        work = (
+            partial(export_one, names[0], files_of(names[0], folder)) if what == "export"
+            else partial(measure, names, folder)
+        )  # fmt: skip
+        in_child(what, ", ".join(names), work)
 
 
 # ---- the tables ----------------------------------------------------------------------------------

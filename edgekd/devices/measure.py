@@ -35,11 +35,13 @@ def measure_on(
     threads: int,
     layers: bool,
     lock_clocks: bool,
+    quietest_ms: float | None = None,
 ) -> RawMeasurement:
     """Copy the files there, each once, and time them in turns; what has arrived stays.
 
     Args:
         paths: of the model files, by their SHA-256.
+        quietest_ms: of the reference network there, see `latency/pace.py`.
 
     Raises:
         TargetError: TensorRT's file has no script beside it that builds it.
@@ -59,6 +61,7 @@ def measure_on(
         "providers": target.providers, "files": files, "runs": runs, "seconds": LONGEST_SECONDS,
         "threads": threads, "layers": layers, "lock_clocks": lock_clocks,
         "reference": pace.FILE if pace.has_pace(target, threads) else None,
+        "quietest_ms": quietest_ms,
     }  # fmt: skip
     if facts.python is None:
         with Progress(f"measuring on {facts.host}", None):

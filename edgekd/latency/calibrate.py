@@ -42,8 +42,9 @@ PROBES: tuple[tuple[ProbeKind, int], ...] = tuple(
     (kind, seed) for seed in range(6) for kind, count in COUNTS.items() if seed < count
 )
 ADAPTING = 8  # probes that tell how a device differs from a related one
+TOGETHER = 5  # probes that are timed in turns, so that a host's slow minute falls on all alike
 Key = TypeVar("Key")
-MOST_RUNS, LONGEST_SECONDS = 200, 12.0
+MOST_RUNS, SECONDS = 5000, 4.0  # the latter for each file, however many runs that is
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,8 @@ def calibrate(
 ) -> Calibration:
     """Measure what is missing of at most 20 small networks, in every precision, and fit.
 
-    Each network's rows are in the user's profile as soon as it is measured: broken off, the next
-    call goes on.
+    Rows are in the user's profile as soon as a few networks are measured: broken off, the next call
+    goes on.
 
     Args:
         device: see `profile`. On another device whole networks are measured; on this machine every
@@ -112,6 +113,8 @@ def calibrate(
         if row.kind == "network" and row.threads == threads
         and (not here or (row.runtime_version, row.host) == (version, host))
     }  # fmt: skip
+    kernels_too = here and target.runtime in READERS
+    together = TOGETHER if kernels_too else 1
     precisions = runnable(target)
     missing = [
         (kind, seed, [p for p in precisions if (f"{kind}-{seed}", p) not in done])
@@ -123,21 +126,26 @@ def calibrate(
     progress = Progress("calibrating", len(probes), done=len(probes) - len(missing))
     # a terminal shows one bar at a time, and a link has its own
     with progress if here else nullcontext():
-        for kind, seed, wanted in missing:
+        while missing:
             if time.monotonic() - began > 60 * minutes:
                 console.print(f"calibrate: {minutes:g} minutes are over; the next call goes on")
                 break
-            name = f"{kind}-{seed}"
-            files = export_probe(kind, seed, target, wanted, work / name)
-            if here and target.runtime in READERS:
-                rows = measure_here({name: files}, target, threads)
+            now, missing = missing[:together], missing[together:]
+            files = {
+                f"{kind}-{seed}": export_probe(kind, seed, target, wanted, work / f"{kind}-{seed}")
+                for kind, seed, wanted in now
+            }
+            if kernels_too:
+                rows = measure_here(files, target, threads)
             else:
-                rows = measure_there(name, files, target, device, threads, related)
+                ((name, of_one),) = files.items()
+                rows = measure_there(name, of_one, target, device, threads, related)
             append_rows(own_file(target), rows)
-            for file in files.values():  # measured once: hundreds of MiB are not kept
-                file.unlink()
+            for file in (file for by in files.values() for file in by.values()):
+                file.unlink()  # measured once: hundreds of MiB are not kept
                 file.with_suffix(".bin").unlink(missing_ok=True)
-            progress.advance(name)
+            for name in files:
+                progress.advance(name)
     rows = [row for row in read_profile(target) if row.threads == threads]
     networks = {row.network for row in rows if row.kind == "network"}
     return Calibration(target.name, len(networks), len(probes), leave_one_out(rows))
@@ -230,7 +238,11 @@ class Timed(NamedTuple):
 
 
 def timed(paths: Mapping[Key, Path], runtime: str, threads: int) -> dict[Key, Timed]:
-    """Files of one runtime, and the reference network, timed in turns; COPIES of each."""
+    """Files of one runtime, and the reference network, timed in turns; COPIES of each.
+
+    Others disturb a host for seconds at a time, and small networks are over in a millisecond: so it
+    is the time that ends their turns, not how many runs there were.
+    """
     load = get_runtime(runtime).load
     with TemporaryDirectory() as folder:
         reference = Path(folder) / pace.FILE
@@ -240,7 +252,9 @@ def timed(paths: Mapping[Key, Path], runtime: str, threads: int) -> dict[Key, Ti
             for path in (*paths.values(), reference)
         ]
     with Watch(in_process=True) as watch:
-        found = time_in_turns(models, MOST_RUNS, LONGEST_SECONDS, threads, watch)
+        found = time_in_turns(
+            models, MOST_RUNS, SECONDS * len(paths), threads, watch, restless=lambda _: True
+        )
     samples = [each[f"{_clock(threads)}_ms"] for each in found]
     *quiets, slow = [quiet(each, COPIES) for each in samples]
     return {

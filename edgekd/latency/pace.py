@@ -46,19 +46,37 @@ def slower_than_quiet(reference_ms: float, runtime: str, host: str) -> float:
     Raises:
         StateError: that file is not what this wrote.
     """
-    path = own_folder() / "pace.json"
-    known: dict[str, float] = {}
-    if path.is_file():
-        try:
-            known = _Known.model_validate_json(path.read_bytes()).root
-        except ValidationError:
-            raise StateError(f"{path} does not hold what networks took; remove it") from None
-    key = f"{runtime} on {host}"
+    known, key = _known(), f"{runtime} on {host}"
     least = min(reference_ms, known.get(key, reference_ms))
     if known.get(key) != least:
+        path = _file()
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(known | {key: least}, indent=1) + "\n")
     return reference_ms / least
+
+
+def quietest(runtime: str, host: str) -> float | None:
+    """What the reference took when this host was quietest, with any version of the runtime.
+
+    None where it was never measured there.
+    """
+    took = [
+        ms for key, ms in _known().items()
+        if key.startswith(f"{runtime} ") and key.endswith(f" on {host}")
+    ]  # fmt: skip
+    return min(took, default=None)
+
+
+def _file() -> Path:
+    return own_folder() / "pace.json"
+
+
+def _known() -> dict[str, float]:
+    path = _file()
+    try:
+        return _Known.model_validate_json(path.read_bytes()).root if path.is_file() else {}
+    except ValidationError:
+        raise StateError(f"{path} does not hold what networks took; remove it") from None
 
 
 class _Known(RootModel[dict[str, float]]):

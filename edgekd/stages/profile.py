@@ -9,7 +9,7 @@ from edgekd.devices.base import Device, get_device
 from edgekd.devices.measure import measure_on
 from edgekd.errors import TargetError
 from edgekd.latency.measuring import Measurement, host_name
-from edgekd.latency.pace import slower_than_quiet
+from edgekd.latency.pace import quietest, slower_than_quiet
 from edgekd.reporting.progress import console
 from edgekd.runtimes.base import Artifact, fingerprint, get_runtime
 from edgekd.target import Target
@@ -22,7 +22,7 @@ def profile(
     *,
     target: str | Target,
     device: str | Device = "local",
-    runs: int = 300,
+    runs: int = 5000,
     threads: int = 1,
     layers: bool = False,
     lock_clocks: bool = False,
@@ -32,7 +32,8 @@ def profile(
     Args:
         artifact: an Artifact, or a path to a file of the target's format.
         device: "local", or a link's address: ssh://user@host:port, adb://serial; or the link.
-        runs: at most; fewer where the median is known within 1 %, or 20 seconds are over.
+        runs: at most; fewer where the median is known within 1 % and the host is about as fast as
+            it ever was (see `latency/pace.py`), or 20 seconds are over.
         threads: of the runtime.
         layers: time each layer too, in a pass of its own.
         lock_clocks: of a Jetson, while it is measured; it takes root there.
@@ -53,7 +54,7 @@ def profile_together(
     *,
     target: str | Target,
     device: str | Device = "local",
-    runs: int = 300,
+    runs: int = 5000,
     threads: int = 1,
     layers: bool = False,
     lock_clocks: bool = False,
@@ -73,13 +74,14 @@ def profile_together(
         get_runtime(target.runtime).version()  # a missing package names its extra
     paths = [a.path if isinstance(a, Artifact) else Path(a) for a in artifacts]
     hashes = [fingerprint(path)[0] for path in paths]
+    where = host_name() if link.address == "local" else link.address
     for repeats in range(REPEATS + 1):
         raw = measure_on(
             link, dict(zip(hashes, paths, strict=True)), target=target, runs=runs,
             threads=threads, layers=layers, lock_clocks=lock_clocks,
+            quietest_ms=quietest(target.runtime, where),
         )  # fmt: skip
         now = raw.conditions.reference_ms
-        where = host_name() if link.address == "local" else link.address
         pace = now and slower_than_quiet(now, f"{raw.runtime} {raw.runtime_version}", where)
         measured = raw.measurements(device=link.address, repeats=repeats, pace=pace)
         found = {m.sha256: m for m in measured}

@@ -18,6 +18,8 @@ def home(tmp_path, monkeypatch):
     monkeypatch.setattr("edgekd.latency.profiles.data_folders", lambda kind: [tmp_path / kind])
     monkeypatch.setattr(module, "PROBES", (("transformer", 3), ("dense", 5)))
     monkeypatch.setattr(runtime_graph, "RUNS", 6)
+    monkeypatch.setattr(module, "TOGETHER", 1)
+    monkeypatch.setattr(module, "SECONDS", 0.2)
     return tmp_path
 
 

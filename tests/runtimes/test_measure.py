@@ -177,9 +177,33 @@ def test_runs_end_with_the_time_but_not_before_twenty(clocks: Clocks):
     assert runs_of(lambda: 500.0) == 35
     assert runs_of(lambda: 1.0, most=60) == 60
     # a median that is known well enough ends them early; one that is not does not
-    assert runs_of(lambda: 1.0) == measure.RUNS_TO_SETTLE
+    assert runs_of(lambda: 20.0) == measure.RUNS_TO_SETTLE
+    # nor do runs that are over in a second: others disturb a host for longer
+    assert runs_of(lambda: 10.5) == 250
     random = np.random.default_rng(0)
     assert runs_of(lambda: float(random.uniform(1, 3))) == 300
+
+
+def test_a_median_is_not_known_while_others_disturb_the_host(clocks: Clocks):
+    """A settled one may be of a slow minute: so the reference has to be as fast as it ever was."""
+
+    def runs_of(slow_until: float, quietest_ms: float | None) -> int:
+        began = clocks.wall
+
+        def call() -> None:
+            ms = 11.5 if clocks.wall - began < slow_until else 10.5
+            clocks.spend(ms, ms)
+
+        def restless(timed: Any) -> bool:
+            return measure.disturbed(timed[-1][1], quietest_ms, 1)
+
+        found = measure.time_in_turns([[call]], 5000, 20.0, 1, NoWatch(), restless)
+        return len(found[0]["wall_ms"])
+
+    assert runs_of(0.0, 10.5) == 250
+    assert 450 <= runs_of(6.0, 10.5) <= 700  # once a tenth of the runs were quick
+    assert runs_of(99.0, 10.5) > 1400  # until the time is over
+    assert runs_of(0.0, None) > 1500  # nothing is known of this host
 
 
 def test_candidates_come_out_in_the_order_of_their_cost(monkeypatch: pytest.MonkeyPatch):

@@ -42,8 +42,10 @@ STEADY = 0.02  # medians of two windows in a row that agree within this end the 
 TURN_RUNS = 5
 COPIES = 5  # of a model, each loaded anew: where its memory lies changes what a run takes by 2 %
 COLD_RUNS = 3  # of each copy but the first, which warms up
-LEAST_RUNS, RUNS_TO_SETTLE = 20, 200  # before the time, and before the interval, may end the runs
+LEAST_RUNS = 20  # before the time may end the runs
+RUNS_TO_SETTLE, SECONDS_TO_SETTLE = 200, 3.0  # before the interval may
 WANTED = 0.01  # half-width of the median's 95 % interval, as a share of the median
+AT_REST = 1.02  # times as long as on the quietest host, the reference may take on a quiet one
 BUSY = 1.05  # wall / CPU time above which the host counts as busy
 COARSEST_MS = 0.05  # step of CPU time above which it measures no run
 WATCH_SECONDS = 0.1
@@ -100,6 +102,14 @@ def settled(samples):
     )
 
 
+def disturbed(reference_ms, quietest_ms, copies):
+    """Whether the reference network takes longer than it does on this host at its quietest.
+
+    None is known of a host that was not measured before: it counts as disturbed.
+    """
+    return quietest_ms is None or quiet(reference_ms, copies) > AT_REST * quietest_ms
+
+
 def clock_of(timed, threads):
     """One clock for all of a comparison: CPU time as soon as the host is busy, of one thread."""
     if not has_cpu_clock():
@@ -153,12 +163,13 @@ def warm_up(call, threads):
         last = middle
 
 
-def time_in_turns(models, runs, seconds, threads, watch):
+def time_in_turns(models, runs, seconds, threads, watch, restless=lambda timed: False):
     """Time models in turns, after their warm-up: a list of dicts, one a model.
 
     Each is a list of calls: its copies, one of which runs in a turn, the next in the next turn.
-    The turns end after `runs` timed runs of each; before, when every median is known well enough,
-    or `seconds` have passed for all together.
+    The turns end after `runs` timed runs of each; before, when every median is known well enough
+    and the host is not `restless`, or `seconds` have passed for all together. What disturbs a host
+    lasts for seconds, in which medians settle as well.
     """
     warm = [warm_up(copies[0], threads) for copies in models]
     for copies in models:  # the machine is warm by now
@@ -171,9 +182,10 @@ def time_in_turns(models, runs, seconds, threads, watch):
     while done < runs:
         if done >= LEAST_RUNS and time.monotonic() - began > seconds:
             break
-        if done >= RUNS_TO_SETTLE and done % (10 * TURN_RUNS) == 0:
+        known = done >= RUNS_TO_SETTLE and time.monotonic() - began >= SECONDS_TO_SETTLE
+        if known and done % (10 * TURN_RUNS) == 0:
             clock = clock_of(timed, threads) == "cpu"
-            if all(settled(pair[clock]) for pair in timed):
+            if all(settled(pair[clock]) for pair in timed) and not restless(timed):
                 break
         turn = min(TURN_RUNS, runs - done)
         for index, copies in enumerate(models):
@@ -484,8 +496,15 @@ def measure_in_process(job, paths):
         models.append([open_model(job, path)])
         loads.append((time.perf_counter() - began) * 1e3)
         models[-1] += [open_model(job, path) for _ in range(copies - 1)]
+
+    def restless(timed):
+        _, cpu_ms = timed[-1]
+        return bool(reference) and disturbed(cpu_ms, job.get("quietest_ms"), copies)
+
     with Watch(in_process=True) as watch:
-        found = time_in_turns(models, job["runs"], job["seconds"], job["threads"], watch)
+        found = time_in_turns(
+            models, job["runs"], job["seconds"], job["threads"], watch, restless
+        )  # fmt: skip
     conditions = watch.conditions()
     if reference:
         cpu_ms = found.pop()["cpu_ms"]
@@ -799,7 +818,7 @@ def main():
     )
     parser.add_argument("--job", help="a file that says what to measure; else this bundle")
     parser.add_argument("--out", default="measurement.json", help="the file to write")
-    parser.add_argument("--runs", type=int, default=300, help="timed runs, at most")
+    parser.add_argument("--runs", type=int, default=5000, help="timed runs, at most")
     parser.add_argument("--seconds", type=float, default=20, help="for them, at most")
     parser.add_argument("--threads", type=int, default=1, help="of the runtime")
     parser.add_argument("--layers", action="store_true", help="time each layer, too")
