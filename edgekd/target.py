@@ -48,6 +48,8 @@ class QuantScheme(_Frozen):
             below 0. OpenVINO's zeros are else off by a millionth of a step: all that a vector of
             zeros is, and its norm makes a whole vector of it.
         outputs: whether the output of an integer operator is quantized too.
+        fused_activations: those that the kernel of a convolution or a linear layer takes along, on
+            its sums, besides ReLU and ReLU6: no quantizer stands between.
         integer_inputs, integer_outputs: whether the file takes and gives integers; their scales are
             in its metadata, see `integer_ends`.
         least_pooled_channels: a convolution over 1 × 1 maps of fewer channels stays in float, where
@@ -69,6 +71,7 @@ class QuantScheme(_Frozen):
     symmetric_matmul: bool = False
     symmetric_norms: bool = False
     outputs: bool
+    fused_activations: tuple[Literal["gelu", "hardswish", "silu"], ...] = ()
     least_pooled_channels: int = 1
     integer_inputs: bool = False
     integer_outputs: bool = False

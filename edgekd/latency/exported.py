@@ -15,12 +15,17 @@ NAMES = {
     "sigmoid": "sigmoid", "silu": "quickgelu", "gelu": "gelu", "tanh": "tanh",
     "leaky_relu": "leakyrelu", "elu": "elu", "mish": "mish",
 }  # fmt: skip
+BESIDE_LINEAR = ("gelu", "hardswish", "relu", "clip", "quickgelu")
 # permutations of a map's axes, channels to the end and back
 TO_LAST, TO_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
 
 
 def as_exported(ops: Sequence[Op]) -> list[Op]:
-    """As the exporter writes it: products of any rank, and one scale for queries and keys."""
+    """As the exporter writes it: products of any rank, and one scale for queries and keys.
+
+    A linear layer over tokens is one over rows, and so is the activation behind it, see
+    `quantization/canonical.py`.
+    """
     stands: dict[int, Op] = {}
     merged: dict[int, Op] = {}  # a view into three axes -> what it viewed
     kept: list[Op] = []
@@ -30,6 +35,20 @@ def as_exported(ops: Sequence[Op]) -> list[Op]:
             source = op.inputs[0]
             if source.shape[-2:] == op.shape[-2:]:
                 merged[id(op)] = source
+                continue
+        if op.kind == "view" and op.inputs[0].kind == "view":
+            rows = op.inputs[0].inputs[0]
+            if rows.shape == op.shape and activation(rows) and rows.inputs[0].kind == "linear":
+                stands[id(op)] = rows
+                continue
+        if activation(op) in BESIDE_LINEAR and op.inputs[0].kind == "view":
+            view = op.inputs[0]
+            linear = view.inputs[0]
+            if linear.kind == "linear" and len(view.users) == len(linear.users) == 1:
+                shaped = Op("view", [op], op.shape)
+                op.inputs, op.shape = [linear], linear.shape
+                stands[id(op)] = shaped
+                kept += [op, shaped]
                 continue
         if op.kind == "bmm":
             op.inputs = [merged.get(id(i), i) for i in op.inputs]

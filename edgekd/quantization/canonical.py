@@ -15,6 +15,10 @@ import torch
 from torch.fx import Graph, Node
 
 aten = torch.ops.aten
+ACTIVATIONS = (
+    aten.gelu.default, aten.hardswish.default, aten.relu.default, aten.relu6.default,
+    aten.hardtanh.default, aten.silu.default,
+)  # fmt: skip
 
 
 def canonicalize(graph: Graph) -> None:
@@ -85,14 +89,27 @@ def inline(
 
 
 def flat_linear(node: Node, x: Node, *rest: Any) -> None:
-    """A linear layer over (N, ..., C) becomes one over (N·..., C): the integer kernels' Gemm."""
+    """A linear layer over (N, ..., C) becomes one over (N·..., C): the integer kernels' Gemm.
+
+    The activation behind it stays beside it, so that a kernel may take it along.
+    """
     sizes = _shape(node)
     if len(sizes) < 3 or not all(isinstance(size, int) for size in sizes[1:]):
         return
     call = _before(node)
-    flat = call(aten.reshape.default, x, [-1, _shape(x)[-1]])
-    inner = call(aten.linear.default, flat, *rest)
-    _replace(node, call(aten.reshape.default, inner, [-1, *sizes[1:]]))
+    flat = x.args[0] if x.target is aten.reshape.default else None
+    if not isinstance(flat, Node) or _shape(flat)[1:] != _shape(x)[-1:]:
+        flat = call(aten.reshape.default, x, [-1, _shape(x)[-1]])
+    last, inner = node, call(aten.linear.default, flat, *rest)
+    readers = list(node.users)
+    if len(readers) == 1 and readers[0].target in ACTIVATIONS:
+        reader = readers[0]
+        last, call = reader, _before(reader)
+        inner = call(reader.target, inner, *reader.args[1:])
+        inner.kwargs = reader.kwargs
+    _replace(last, call(aten.reshape.default, inner, [-1, *sizes[1:]]))
+    if last is not node:
+        node.graph.erase_node(node)
 
 
 def spatial_mean(node: Node, x: Node, axes: Any, keepdim: bool = False, dtype: Any = None) -> None:

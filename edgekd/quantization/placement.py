@@ -105,6 +105,11 @@ def upper_bound(node: Node) -> float | None:
     return None
 
 
+def activation_name(node: Node) -> str:
+    """`gelu` of `aten.gelu.default`, as `QuantScheme.fused_activations` names it."""
+    return str(node.target).removeprefix("aten.").partition(".")[0]
+
+
 def fused_activation(node: Node) -> Node:
     """The ReLU or ReLU6 that runs inside `node`'s kernel, else `node`."""
     users = list(node.users)
@@ -158,6 +163,8 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no type
             node.meta["integer_kind"] = kind
             if kind is not None:
                 self._annotate(model, node, kind)
+                if self._activated(node, kind):
+                    next(iter(node.users)).meta["runs_inside"] = True
         return model
 
     def validate(self, model: GraphModule) -> None:
@@ -268,7 +275,18 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no type
         if self.scheme.integer_outputs and all(map(_ends, node.users)):
             return True
         floats = kind == "matmul" and self.scheme.symmetric_matmul
-        return self.scheme.outputs and not (floats or self._leaves(node, kind) or self._joins(node))
+        return self.scheme.outputs and not (
+            floats or self._leaves(node, kind) or self._joins(node) or self._activated(node, kind)
+        )
+
+    def _activated(self, node: Node, kind: Kind) -> bool:
+        """Whether the activation behind `node` runs inside its kernel, on its sums."""
+        users = list(node.users)
+        return (
+            kind in ("conv", "linear")
+            and len(users) == 1
+            and activation_name(users[0]) in self.scheme.fused_activations
+        )
 
     def _leaves(self, node: Node, kind: Kind) -> bool:
         """A linear layer may give the network's output in float, reshaped or not."""
@@ -428,7 +446,9 @@ def left_in_float(graph_module: GraphModule) -> Counter[str]:
     for node in graph_module.graph.nodes:
         if node.op != "call_function" or node.meta.get("integer_kind") is not None:
             continue
-        fused = upper_bound(node) is not None and arguments(node)[0].meta.get("integer_kind")
+        fused = node.meta.get("runs_inside") or (
+            upper_bound(node) is not None and arguments(node)[0].meta.get("integer_kind")
+        )
         if not (
             fused or node.target in MOVING or not isinstance(node.meta.get("val"), torch.Tensor)
         ):

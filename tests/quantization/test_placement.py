@@ -266,9 +266,16 @@ CASES = {
     ),
     "linear over tokens is one over rows": Case(
         lambda m, x: m.head(m.linear(x)),
-        ["x", "reshape_default", "linear_default", "linear", "reshape_default_2"],
+        ["x", "reshape_default", "linear_default"],
         ["linear_weight", "head_weight"],
-        [["x", "reshape_default"], ["linear_default", "linear", "reshape_default_2"]],
+        [["x", "reshape_default"]],
+        shape=(8, 4),
+    ),
+    "an activation stays beside the linear layer over tokens": Case(
+        lambda m, x: m.head(torch.nn.functional.gelu(m.linear(x))),
+        ["x", "reshape_default", "linear_default", "gelu_default"],
+        ["linear_weight", "head_weight"],
+        [["x", "reshape_default"]],
         shape=(8, 4),
     ),
     # an operator that no table knows, in the middle
@@ -611,6 +618,37 @@ def test_a_silu_is_a_sigmoid_and_a_product_where_both_are_in_integers(scheme: Qu
     plain = scheme.model_copy(update={"ops": without})
     graph = place(capture(module, [torch.zeros(2, 4, 8, 8)]), plain)
     assert left_in_float(graph) == {"silu": 1}
+
+
+@pytest.mark.parametrize(
+    ("function", "shape", "sums"),
+    [
+        (lambda m, x: m.b(F.silu(m.a(x))), (4, 8, 8), "conv2d"),
+        (lambda m, x: m.b(F.hardswish(m.a(x))), (4, 8, 8), "conv2d"),
+        (lambda m, x: m.head(F.gelu(m.linear(x), approximate="tanh")), (8, 4), "linear_default"),
+    ],
+)
+def test_an_activation_that_a_kernel_takes_along_works_on_its_sums(
+    function: Function, shape: tuple[int, ...], sums: str
+):
+    scheme = Target.load("intel-cpu").scheme
+    assert scheme is not None and set(scheme.fused_activations) == {"gelu", "hardswish", "silu"}
+    graph = place(graph_of(function, shape), scheme)
+    assert sums not in quantized_activations(graph) and left_in_float(graph) == {}
+    graph = place(graph_of(function, shape), scheme.model_copy(update={"fused_activations": ()}))
+    assert sums in quantized_activations(graph) and left_in_float(graph).total() == 1
+
+
+def test_an_activation_that_stands_beside_other_readers_is_in_no_kernel():
+    scheme = Target.load("intel-cpu").scheme
+    assert scheme is not None
+
+    def function(m: Layers, x: Tensor) -> Tensor:
+        y = m.a(x)
+        return m.b(F.silu(y)) + y
+
+    graph = place(graph_of(function, (4, 8, 8)), scheme)
+    assert "conv2d" in quantized_activations(graph) and left_in_float(graph) == {"silu": 1}
 
 
 def test_operators_that_the_table_does_not_know_are_counted():
