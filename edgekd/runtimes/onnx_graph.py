@@ -387,6 +387,20 @@ def own_zero_points(model: ir.Model) -> int:
     return count
 
 
+def averaged_padding(node: ir.Node) -> ir.Node | None:
+    """The dequantize operator whose integers `node` averages with padding that counts.
+
+    None where it does not, or where the padding of 0 is the integer 0 of uint8.
+    """
+    if node.op_type != "AveragePool" or not node.attributes.get_int("count_include_pad", 0):
+        return None
+    dq = producer(node.inputs[0], "DequantizeLinear")
+    if dq is None or not any(node.attributes.get_ints("pads", ())):
+        return None
+    zero = constant(dq.inputs[2]) if len(dq.inputs) > 2 else None
+    return None if zero is not None and zero.dtype == np.uint8 and not zero.any() else dq
+
+
 def pad_before_averages(model: ir.Model) -> int:
     """An average of integers that counts its padding gets it from a Pad, for OpenVINO.
 
@@ -395,13 +409,10 @@ def pad_before_averages(model: ir.Model) -> int:
     """
     count = 0
     for node in list(model.graph):
+        dq = averaged_padding(node)
+        if dq is None:
+            continue
         pads = list(node.attributes.get_ints("pads", ()))
-        dq = producer(node.inputs[0], "DequantizeLinear") if node.op_type == "AveragePool" else None
-        if dq is None or not any(pads) or not node.attributes.get_int("count_include_pad", 0):
-            continue
-        zero = constant(dq.inputs[2]) if len(dq.inputs) > 2 else None
-        if zero is not None and zero.dtype == np.uint8 and not zero.any():
-            continue
         half, name = len(pads) // 2, f"{node.outputs[0].name}.padded"
         sides = np.array([0, 0, *pads[:half], 0, 0, *pads[half:]])
         pad = ir.node(

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgekd.runtimes.onnx_graph import MATRIX_OPS
+from edgekd.runtimes.onnx_graph import MATRIX_OPS, averaged_padding
 from edgekd.runtimes.onnx_values import constant, producer
 from edgekd.runtimes.rule import (
     QUANTIZERS,
@@ -349,6 +349,16 @@ def _leaves(node: ir.Node) -> bool:
     return node.op_type in MOVES and all(map(_leaves, node.outputs[0].consumers()))
 
 
+def _averaged_padding(graph: Graph, device: Device) -> Iterator[Found]:
+    for node in graph.nodes:
+        dq = averaged_padding(node)
+        zero = constant(dq.inputs[2]) if dq is not None and len(dq.inputs) > 2 else None
+        if zero is not None and zero.any():
+            limit = f"{device.target.name} pads integers with 0, whatever their zero point is"
+            found = f"an average that counts its padding, over integers with zero point {zero}"
+            yield Found(node, found, limit, "error")
+
+
 # ---- each Add ------------------------------------------------------------------------------------
 
 
@@ -483,6 +493,11 @@ QUANTIZATION_RULES: tuple[Rule, ...] = (
         "float-output", _float_output, "quantize its output",
         applies=lambda d: d.target.runtime == "onnxruntime" and _wants(outputs=True)(d),
         sources={"": ORT},
+    ),
+    Rule(
+        "averaged-padding", _averaged_padding,
+        "put a Pad, a QuantizeLinear and a DequantizeLinear in front, and average without padding",
+        applies=lambda d: d.target.runtime == "openvino" and d.target.scheme is not None,
     ),
     Rule("add-input", _one_input, BOTH, applies=_wants(add_inputs="both")),
     Rule(

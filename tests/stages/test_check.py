@@ -188,6 +188,15 @@ def residual(
     return net.model(net.add("Relu", net.add("Add", y, other, name="sum")))
 
 
+def averaged(zero: int) -> onnx.ModelProto:
+    """An average over windows, whose padding counts, of integers with this zero point."""
+    net = Net()
+    x = net.quantize("x", zero=zero, dtype=np.uint8)
+    y = net.add("AveragePool", x, kernel_shape=[3, 3], pads=[1] * 4, count_include_pad=1,
+                name="mean")  # fmt: skip
+    return net.model(net.quantize(y, zero=zero, dtype=np.uint8))
+
+
 def pooled(channels: int) -> onnx.ModelProto:
     """A squeeze-and-excite convolution over 1 × 1 maps."""
     net = Net(("N", channels, 8, 8))
@@ -386,6 +395,8 @@ FAULTS: dict[str, Fault] = {
         lambda: residual(skip=True, branch=True, unsigned=True)),
     "one input of the Add in float": Fault(HOST, "add-input", "warning", "sum",
         lambda: residual(skip=True, branch=False, unsigned=True)),
+    "padding that counts in an average": Fault("intel-cpu", "averaged-padding", "error", "mean",
+        lambda: averaged(100)),
     # devices without integers
     "Q/DQ on Nano": Fault(NANO, "no-integers", "error", "QuantizeLinear0",
         lambda: orin(opset=13)),
@@ -640,6 +651,7 @@ GOOD: dict[str, tuple[Callable[[], onnx.ModelProto], list[str]]] = {
     "residual network": (classifier, CPUS + JETSONS),
     "residual network, fixed": (lambda: classifier(shape=(1, 3, 32, 32)),
                                 [*CPUS, *JETSONS, IOS, NPU]),
+    "an average of integers from 0 on": (lambda: averaged(0), CPUS),
     "with BatchNorm": (lambda: classifier(norm=True), CPUS + JETSONS),
     "any height": (lambda: classifier(shape=("N", 3, "H", "W")), CPUS),
     "mobile": (mobile, CPUS + JETSONS),
