@@ -6,7 +6,7 @@ One file is measured again and again, each time in a process of its own, while a
 keeps a core busy: the spread of what `profile` calls quiet (a tenth percentile of CPU time at the
 pace of a reference network), of the medians by CPU time, and by the wall clock. Then the
 layers of two networks in two runtimes, without that process. Figures go to
-docs/bench/repeatability.json. About four minutes.
+docs/bench/repeatability.json. About eight minutes.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from edgekd.devices.local import LocalDevice
 from edgekd.devices.measure import measure_on
 from edgekd.files import write_atomically
 from edgekd.latency.measuring import RawFile, host_name, today
+from edgekd.latency.pace import quietest, slower_than_quiet
 from edgekd.runtimes.on_device.measure import quiet
 
 RESULT = Path(__file__).parents[1] / "docs" / "bench" / "repeatability.json"
@@ -37,13 +38,17 @@ SPINNING = "while True: pass"
 
 
 def medians(artifact: edgekd.Artifact, runs: int) -> dict[str, Any]:
-    """One measurement: quiet, and the medians by either clock, in ms."""
+    """One measurement, as `profile` makes it: quiet, and the medians by either clock, in ms."""
+    target = edgekd.Target.load(artifact.target)
     raw = measure_on(
-        LocalDevice(), {artifact.sha256: artifact.path},
-        target=edgekd.Target.load(artifact.target), runs=runs, threads=1, layers=False,
-        lock_clocks=False,
+        LocalDevice(), {artifact.sha256: artifact.path}, target=target, runs=runs, threads=1,
+        layers=False, lock_clocks=False, quietest_ms=quietest(target.runtime, host_name()),
     )  # fmt: skip
     file: RawFile = raw.files[0]
+    assert raw.conditions.reference_ms is not None
+    slower_than_quiet(
+        raw.conditions.reference_ms, f"{raw.runtime} {raw.runtime_version}", host_name()
+    )
     return {
         "cpu_p50_ms": float(torch.tensor(file.cpu_ms).median()),
         "wall_p50_ms": float(torch.tensor(file.wall_ms).median()),
@@ -92,7 +97,7 @@ def main() -> None:
     """Both questions, for each network and runtime."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--repeats", type=int, default=6, help="measurements of each file")
-    parser.add_argument("--runs", type=int, default=600, help="timed runs, at most")
+    parser.add_argument("--runs", type=int, default=5000, help="timed runs, at most")
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows: dict[str, list[dict[str, Any]]] = {"repeatability": [], "layers": []}

@@ -46,7 +46,7 @@ def slower_than_quiet(reference_ms: float, runtime: str, host: str) -> float:
     Raises:
         StateError: that file is not what this wrote.
     """
-    known, key = _known(), f"{runtime} on {host}"
+    known, key = _kept(), f"{runtime} on {host}"
     least = min(reference_ms, known.get(key, reference_ms))
     if known.get(key) != least:
         path = _file()
@@ -61,7 +61,7 @@ def quietest(runtime: str, host: str) -> float | None:
     None where it was never measured there.
     """
     took = [
-        ms for key, ms in _known().items()
+        ms for key, ms in _kept().items()
         if key.startswith(f"{runtime} ") and key.endswith(f" on {host}")
     ]  # fmt: skip
     return min(took, default=None)
@@ -71,7 +71,7 @@ def _file() -> Path:
     return own_folder() / "pace.json"
 
 
-def _known() -> dict[str, float]:
+def _kept() -> dict[str, float]:
     path = _file()
     try:
         return _Known.model_validate_json(path.read_bytes()).root if path.is_file() else {}
