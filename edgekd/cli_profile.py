@@ -45,7 +45,9 @@ def profile(
     compare: Annotated[
         list[str] | None, typer.Option(help="Another model, as a ratio to the first; repeatable.")
     ] = None,
-    runs: Annotated[int, typer.Option(min=1, help="Timed runs of each, at most, within 20 s.")] = 5000,
+    runs: Annotated[
+        int, typer.Option(min=1, help="Timed runs of each, at most, within 20 s.")
+    ] = 5000,
     threads: Annotated[int, typer.Option(min=1, help="Threads of the runtime.")] = 1,
     layers: Annotated[
         str, typer.Option(metavar="N|all", help="Layers to show, the slowest first; 0: none.")
