@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from edgekd.errors import RecipeError, StateError
+from edgekd.runtimes.on_device.measure import MOST_RUNS
 
 LAYERS_SHOWN = 10
 
@@ -47,7 +48,7 @@ def profile(
     ] = None,
     runs: Annotated[
         int, typer.Option(min=1, help="Timed runs of each, at most, within 20 s.")
-    ] = 5000,
+    ] = MOST_RUNS,
     threads: Annotated[int, typer.Option(min=1, help="Threads of the runtime.")] = 1,
     layers: Annotated[
         str, typer.Option(metavar="N|all", help="Layers to show, the slowest first; 0: none.")

@@ -16,6 +16,7 @@ from edgekd.errors import DeviceError, RecipeError, describe_invalid, nearest
 from edgekd.knowledge.feature import HintLoss
 from edgekd.models.build import FETCHES, Build
 from edgekd.quantization.fake_quant import Observer
+from edgekd.runtimes.on_device.measure import MOST_RUNS
 from edgekd.stages.prune import check_goal
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -177,7 +178,7 @@ class VerifySection(_Section):
 class ProfileSection(_Section):
     """Keywords of `edgekd.profile`."""
 
-    runs: Count = 5000
+    runs: Count = MOST_RUNS
     threads: Count = 1
 
 

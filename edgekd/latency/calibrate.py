@@ -26,6 +26,7 @@ from edgekd.reporting.progress import Progress, console
 from edgekd.runtimes.base import Arrays, Session, fingerprint, get_runtime
 from edgekd.runtimes.on_device.measure import (
     COPIES,
+    MOST_RUNS,
     Watch,
     has_cpu_clock,
     median_interval,
@@ -44,7 +45,7 @@ PROBES: tuple[tuple[ProbeKind, int], ...] = tuple(
 ADAPTING = 8  # probes that tell how a device differs from a related one
 TOGETHER = 5  # probes that are timed in turns, so that a host's slow minute falls on all alike
 Key = TypeVar("Key")
-MOST_RUNS, SECONDS = 5000, 4.0  # the latter for each file, however many runs that is
+SECONDS = 4.0  # for each file, however many runs that is
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from edgekd.latency.measuring import Measurement, host_name
 from edgekd.latency.pace import quietest, slower_than_quiet
 from edgekd.reporting.progress import console
 from edgekd.runtimes.base import Artifact, fingerprint, get_runtime
+from edgekd.runtimes.on_device.measure import MOST_RUNS
 from edgekd.target import Target
 
 REPEATS = 2  # of a measurement that is not steady
@@ -22,7 +23,7 @@ def profile(
     *,
     target: str | Target,
     device: str | Device = "local",
-    runs: int = 5000,
+    runs: int = MOST_RUNS,
     threads: int = 1,
     layers: bool = False,
     lock_clocks: bool = False,
@@ -54,7 +55,7 @@ def profile_together(
     *,
     target: str | Target,
     device: str | Device = "local",
-    runs: int = 5000,
+    runs: int = MOST_RUNS,
     threads: int = 1,
     layers: bool = False,
     lock_clocks: bool = False,

@@ -42,7 +42,7 @@ STEADY = 0.02  # medians of two windows in a row that agree within this end the 
 TURN_RUNS = 5
 COPIES = 5  # of a model, each loaded anew: where its memory lies changes what a run takes by 2 %
 COLD_RUNS = 3  # of each copy but the first, which warms up
-LEAST_RUNS = 20  # before the time may end the runs
+LEAST_RUNS, MOST_RUNS = 20, 5000  # the former before the time may end the runs
 RUNS_TO_SETTLE, SECONDS_TO_SETTLE = 200, 3.0  # before the interval may
 WANTED = 0.01  # half-width of the median's 95 % interval, as a share of the median
 AT_REST = 1.02  # times as long as on the quietest host, the reference may take on a quiet one
@@ -818,7 +818,7 @@ def main():
     )
     parser.add_argument("--job", help="a file that says what to measure; else this bundle")
     parser.add_argument("--out", default="measurement.json", help="the file to write")
-    parser.add_argument("--runs", type=int, default=5000, help="timed runs, at most")
+    parser.add_argument("--runs", type=int, default=MOST_RUNS, help="timed runs, at most")
     parser.add_argument("--seconds", type=float, default=20, help="for them, at most")
     parser.add_argument("--threads", type=int, default=1, help="of the runtime")
     parser.add_argument("--layers", action="store_true", help="time each layer, too")
