@@ -125,8 +125,8 @@ class Target(_Frozen):
         providers: of ONNX Runtime, before the CPU's.
         operators: table of operators other than the runtime's own ("coreml").
         layout: of the file's images.
-        shapes: of the file: a batch of any size, or "static": batch 1, and every tensor's shape
-            known, for devices that take no others or run them worse.
+        shapes: of the file: a batch of any size (1 in OpenVINO's own format), or "static": batch 1,
+            and every tensor's shape known, for devices that take no others or run them worse.
         variants: further files of the same network in the bundle: ONNX Runtime's format ("ort"),
             the file that takes integers ("integer_inputs"), and the one that takes images of 0 to
             255 as they are ("images"); of a detector, in ONNX, the one that gives boxes and scores

@@ -57,7 +57,7 @@ from edgekd.target import Target
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "docs" / "bench" / "latency_model"
 TARGETS = ("host-onnxruntime", "intel-cpu")
-TEST_SEED = 20261200
+TEST_SEED = 20261300
 KINDS: tuple[ProbeKind, ...] = ("dense", "depthwise", "transformer")
 # name -> side in pixels
 NAMED = {

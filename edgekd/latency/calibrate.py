@@ -37,7 +37,7 @@ from edgekd.stages.profile import profile_together
 from edgekd.stages.quantize import quantize
 from edgekd.target import Precision, Target, host_instruction_set
 
-COUNTS: dict[ProbeKind, int] = {"dense": 6, "depthwise": 6, "transformer": 5, "mixed": 3}
+COUNTS: dict[ProbeKind, int] = {"dense": 5, "depthwise": 6, "transformer": 5, "mixed": 4}
 # in turns: where the time is up early, each kind has been there
 PROBES: tuple[tuple[ProbeKind, int], ...] = tuple(
     (kind, seed) for seed in range(6) for kind, count in COUNTS.items() if seed < count

@@ -190,9 +190,9 @@ def _conv(
     return nn.Sequential(*layers, *([act] if act is not None else []))
 
 
-def _eight(value: float) -> int:
-    """The nearest multiple of 8, as pruning leaves widths."""
-    return max(8, round(value / 8) * 8)
+def _eight(value: float, unit: int = 8) -> int:
+    """The nearest multiple of 8, as pruning leaves widths, or of `unit`."""
+    return max(unit, round(value / unit) * unit)
 
 
 def _shortcut(cin: int, cout: int, stride: int) -> nn.Module:
@@ -331,7 +331,18 @@ def _mixed(draw: random.Random) -> tuple[nn.Module, Shape]:
         shrunk *= stride
         block, channels = _varied(draw, channels, (size // shrunk) ** 2, stride, draw.choice(acts))
         layers.append(block)
-    return nn.Sequential(*layers, *_head(draw, channels, nn.ReLU())), (3, size, size)
+    return nn.Sequential(*layers, *_large_head(draw, channels)), (3, size, size)
+
+
+def _large_head(draw: random.Random, channels: int) -> list[nn.Module]:
+    """More weights than the caches near the core hold, each read once: as ImageNet's heads have."""
+    wide = draw.choice((1024, 1280, 1536))
+    pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    if draw.random() < 0.5:
+        layers = [_conv(channels, wide, 1, nn.ReLU()), *pool]
+    else:
+        layers = [*pool, nn.Linear(channels, wide), nn.Hardswish()]
+    return [*layers, nn.Linear(wide, 1000)]
 
 
 def _varied(
@@ -342,8 +353,9 @@ def _varied(
     def width(macs: float) -> int:
         """Of a layer that takes so many multiply-accumulates for each pixel and channel."""
         most = min(max(MOST_MACS / (macs * area), 16), WIDEST)
-        return _eight(math.exp(draw.uniform(math.log(8), math.log(most))))
+        return _eight(math.exp(draw.uniform(math.log(8), math.log(most))), unit)
 
+    unit = draw.choice((8, 4, 4))  # some networks' channels are no multiples of 8
     kinds = ["plain"] * 4 + ["depthwise", "grouped", "inverted"] * 2 + ["ghost", "joined", "basic"]
     kind, k = draw.choice(kinds), draw.choice((3, 3, 3, 5, 7))
     if kind == "plain":
@@ -369,7 +381,7 @@ def _varied(
         ]  # fmt: skip
         if draw.random() < 0.5:
             gate = draw.choice((nn.Hardsigmoid, nn.Sigmoid))()
-            layers.append(SqueezeExcite(wide, _eight(wide / 4), nn.ReLU(), gate))
+            layers.append(SqueezeExcite(wide, _eight(wide / 4, unit), nn.ReLU(), gate))
         if stride == 1 and draw.random() < 0.5:
             return Residual(nn.Sequential(*layers, _conv(wide, cin, 1, None)), nn.Identity(),
                             nn.Identity()), cin  # fmt: skip
