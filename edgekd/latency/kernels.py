@@ -193,6 +193,8 @@ def of_openvino(node: RuntimeNode) -> Kernel:
     out = node.outputs[0]
     channels, height, width = by_place(out)
     names = node.attributes.get("originalLayersNames", "").lower()
+    if op == "Subgraph" and "softmax" not in names:  # a chain of operators; else an attention
+        op = "Eltwise"
     slow = SLOW_NAMES.search(HARD_NAMES.sub("", names))
     act = "exp" if slow else "hardswish" if "hardswish" in names else ""
     if op == "Convolution":
@@ -217,7 +219,7 @@ def of_openvino(node: RuntimeNode) -> Kernel:
     if op == "FullyConnected":
         return Kernel(op, node.inputs[0][-1], out[-1], height=math.prod(out[:-1]), fused=act,
                       reads=math.prod(node.inputs[0]), writes=writes)  # fmt: skip
-    if op == "Subgraph" and len(node.inputs) == 3:  # attention
+    if op == "Subgraph":
         _, heads, rows, depth = node.inputs[0]
         return Kernel(op, 2 * depth, node.inputs[1][2], groups=heads, height=rows, reads=reads,
                       writes=writes)  # fmt: skip

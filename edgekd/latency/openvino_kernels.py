@@ -74,6 +74,8 @@ class _Chains:
             kernel = kernel._replace(reads=kernel.reads + op.size)
         if what and what not in taken and kernel.op in ("Convolution", "FullyConnected"):
             kernel = kernel._replace(fused="+".join(sorted([*taken, what])))
+        if what == "exp" and kernel.op == "Eltwise":
+            kernel = kernel._replace(op=EXP)
         self.kernels[place] = kernel
         self.open[id(op)] = place
         if id(source) in self.rows:
@@ -94,7 +96,21 @@ class _Chains:
             return
         self.quantized.add(id(source))
         if source.kind == "input":
-            self.kernels.append(elementwise("FakeQuantize", source.shape, source.size))
+            self.kernels.append(elementwise("Eltwise", source.shape, source.size))
+
+    def stays_float(self, op: Op) -> bool:
+        """Whether a pooling reads `op` as its activation gives it: no quantizer is behind that."""
+        if self.place is None:
+            return False
+        if op.kind == "cat":
+            return any(map(self.stays_float, op.inputs))
+        return op.kind in self.place.scheme.fused_activations
+
+    def quantize_apart(self, source: Op) -> None:
+        """For its other readers `source` is quantized, by a kernel of its own."""
+        place = self.open.get(id(source))
+        if place is None or self.kernels[place].op not in ("Eltwise", EXP):
+            self.kernels.append(elementwise("Eltwise", source.shape, source.size))
 
 
 def _other(op: Op, chains: _Chains) -> None:
@@ -105,8 +121,13 @@ def _other(op: Op, chains: _Chains) -> None:
     if op.kind in ("linear", "matmul", "max_pool2d", "avg_pool2d"):
         for source in op.inputs:
             chains.lay(source, False)
+        floating = op.kind == "avg_pool2d" and chains.stays_float(op.inputs[0])
+        if floating:
+            chains.quantize_apart(op.inputs[0])
         for kernel in plain_kernel(op, OPENVINO):
             chains.emit(op, kernel._replace(kernel=1, stride=1) if "pool" in op.kind else kernel)
+        if floating:
+            chains.kernels.append(elementwise("FakeQuantize", op.shape, op.size))
         return
     name = OPENVINO.get(op.kind, op.kind)
     if op.kind in ("view", "select", "squeeze", "unsqueeze") and op.inputs:
@@ -121,9 +142,6 @@ def _other(op: Op, chains: _Chains) -> None:
         if id(op.inputs[0]) in chains.rows:
             chains.rows.add(id(op))
         return
-    if op.kind == "cat":
-        for constant in (i for i in op.inputs if i.kind == "constant"):
-            chains.kernels.append(elementwise("Eltwise", constant.shape, constant.size + 1))
     if name:
         chains.tensor(op, name, reads)
 
@@ -157,17 +175,25 @@ def _ov_binary(op: Op, chains: _Chains) -> None:
                 return
     reads = sum(i.size for i in op.inputs if i.kind != "constant")
     chains.tensor(op, "Eltwise", reads)
+    if all(id(i) in chains.rows for i in op.inputs):
+        chains.rows.add(id(op))
 
 
 def _sum_takers(op: Op, chains: _Chains) -> list[Op]:
     """Terms of the sum `op` whose convolution may add the others, the likeliest first.
 
-    One behind an activation may in integers only, where no convolution reads what it would add.
+    In integers it adds nothing that another layer reads too. One behind an activation may in
+    integers only, where no convolution reads what it would add.
     """
     place = chains.place
     bare = [term for term in op.inputs if not activation(term)]
     if place is None:
         return bare
+    made = [chains.open.get(id(term), -1) for term in op.inputs]
+    if any(len(term.users) > 1 for term in op.inputs) or not all(
+        at >= 0 and chains.kernels[at].op == "Convolution" for at in made
+    ):
+        return []
     activated = [
         term for term in op.inputs if activation(term)
         and not any(u.kind == "convolution" for i in op.inputs if i is not term for u in i.users)
@@ -178,18 +204,20 @@ def _sum_takers(op: Op, chains: _Chains) -> list[Op]:
 def _ov_norm(op: Op, chains: _Chains) -> None:
     if len(op.shape) != 4:
         if chains.integer(op.inputs[0]):
-            chains.kernels.append(elementwise("Eltwise", op.shape, op.size))
+            chains.quantize_apart(op.inputs[0])
         chains.tensor(op, "MVN", op.size)
         return
     mean = (*op.shape[:-1], 1)
     chains.kernels += [
         elementwise("Reduce", mean, op.size),
         elementwise("Eltwise.rows", op.shape, op.size + math.prod(mean)),
-        elementwise("Reorder", op.shape, op.size),
     ]
+    if id(op.inputs[0]) not in chains.rows:
+        chains.kernels.append(elementwise("Reorder", op.shape, op.size))
     chains.tensor(op, "RMS", op.size)
+    chains.rows.add(id(op))
     if chains.place is not None and any(chains.place.kind(u) for u in op.users):
-        chains.kernels.append(elementwise("FakeQuantize", op.shape, op.size))
+        chains.kernels.append(elementwise("Eltwise", op.shape, op.size))
 
 
 def _ov_mean(op: Op, chains: _Chains) -> None:
@@ -208,17 +236,36 @@ def _ov_permute(op: Op, chains: _Chains) -> None:
     source, axes = op.inputs[0], op.options["axes"]
     if id(op) in chains.shuffled:
         return
-    if len(op.shape) != 4 or axes not in (TO_FIRST, TO_LAST):
+    lies_first = axes == TO_LAST and id(source) in chains.rows
+    if len(op.shape) != 4 or axes not in (TO_FIRST, TO_LAST) or lies_first:
         chains.rows.add(id(op))
     if all(u.kind == "matmul" for u in op.users) or source.kind == "matmul":
         attends = source.kind == "matmul" and source.inputs[0].kind == "softmax"
         if not (attends and chains.place is not None):
             return  # inside the attention
+    if axes == TO_FIRST and all(_reads_last(user, op, chains) for user in op.users):
+        chains.tensor(op, "Reorder", op.size)
+        return
+    if source.kind == "view" and len(source.inputs[0].shape) == 4 and len(op.users) == 1:
+        if chains.place is not None and op.users[0].kind == "cat":
+            chains.tensor(op, "Eltwise", op.size)
+        return  # so is that of the map that becomes tokens
     size = 4 if chains.place is None else 1
     name = TURN if moves_elements(source.shape, op.shape, size) else "Transpose"
     chains.tensor(op, name, op.size)
     if axes == TO_FIRST:
         chains.rows.add(id(op))
+
+
+def _reads_last(user: Op, op: Op, chains: _Chains) -> bool:
+    """Whether `user` takes the map `op` with its channels last, as what it is added to lies."""
+    others = [i for i in user.inputs if i is not op]
+    return user.kind == "convolution" or (
+        user.kind in SUMS and all(
+            i.kind == "convolution" or (id(i) in chains.open and id(i) not in chains.rows)
+            for i in others
+        )
+    )  # fmt: skip
 
 
 def _ov_unbind(op: Op, chains: _Chains) -> None:

@@ -156,7 +156,8 @@ class Tokens(nn.Module):
     def __init__(self, channels: int, count: int, class_token: bool) -> None:
         super().__init__()
         self.cls = nn.Parameter(torch.zeros(1, 1, channels)) if class_token else None
-        self.position = nn.Parameter(torch.zeros(1, count + class_token, channels))
+        # not zeros: a runtime may see that they add nothing
+        self.position = nn.Parameter(0.02 * torch.randn(1, count + class_token, channels))
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, T, C)."""
