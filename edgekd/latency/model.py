@@ -36,7 +36,7 @@ Array = NDArray[np.float64]
 LEAST_MS = 1e-4
 LEAST_NETWORKS = 5
 # how far apart two kernels may be, in each of `_features`, to still tell of each other
-LENGTHS = np.array([2.2, 2.2, 2.2, 1.5, 3.0, 2.2, 4.5, 3.0, 1.5, 1.5, 1.0, 3.0, 16.0])
+LENGTHS = np.array([2.2, 2.2, 2.2, 1.5, 3.0, 2.2, 4.5, 3.0, 1.5, 1.5, 1.0, 2.0, 3.0, 16.0])
 SPREAD, NOISE = 0.3, 0.02  # variances of the logarithm
 OFF_MS = 0.0007  # that the time of a kernel may be off by, as clocks tell whole microseconds
 CACHE = 65536  # elements, about what the nearest caches hold
@@ -298,7 +298,7 @@ def _features(kernel: Kernel, weights: float) -> list[float]:
         math.log2(kernel.kernel), float(kernel.stride > 1), math.log2(kernel.groups),
         float("add" in kernel.fused), float(any(kernel.activated)),
         float(kernel.op in ("Conv", "FusedConv", "Gemm")), math.log2(kernel.inside),
-        math.log2(kernel.padding), math.log2(1 + moved / CACHE), weights,
+        math.log2(kernel.padding), float(kernel.cout % 8 > 0), math.log2(1 + moved / CACHE), weights,
     ]  # fmt: skip
 
 
@@ -309,7 +309,7 @@ def _physical(kernel: Kernel) -> list[float]:
     """What a kernel's time is made of, without any efficiency; some of it at MOVED and STEPS."""
     moved = kernel.reads + kernel.writes + kernel.weights
     macs = kernel.macs * kernel.inside * kernel.padding
-    return [1.0, macs, moved, kernel.steps, *kernel.activated]
+    return [1.0, macs, moved, kernel.steps, kernel.ragged, *kernel.activated]
 
 
 @dataclass(frozen=True)
