@@ -80,12 +80,6 @@ class Kernel(NamedTuple):
         return -(-self.cout // 16) * 16 / self.cout
 
     @property
-    def ragged(self) -> int:
-        """Multiply-accumulates of a depthwise kernel's last channels, fewer than vectors hold."""
-        depthwise = self.op in CONVOLUTIONS and 1 < self.groups == self.cin
-        return depthwise * (self.cout % 8) * self.height * self.width * self.kernel**2
-
-    @property
     def activated(self) -> tuple[int, int]:
         """Elements that pass a fused activation: one with an exponential, one of products only."""
         fused = set(self.fused.split("+"))

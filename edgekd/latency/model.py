@@ -309,7 +309,7 @@ def _physical(kernel: Kernel) -> list[float]:
     """What a kernel's time is made of, without any efficiency; some of it at MOVED and STEPS."""
     moved = kernel.reads + kernel.writes + kernel.weights
     macs = kernel.macs * kernel.inside * kernel.padding
-    return [1.0, macs, moved, kernel.steps, kernel.ragged, *kernel.activated]
+    return [1.0, macs, moved, kernel.steps, *kernel.activated]
 
 
 @dataclass(frozen=True)
