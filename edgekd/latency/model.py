@@ -298,7 +298,8 @@ def _features(kernel: Kernel, weights: float) -> list[float]:
         math.log2(kernel.kernel), float(kernel.stride > 1), math.log2(kernel.groups),
         float("add" in kernel.fused), float(any(kernel.activated)),
         float(kernel.op in ("Conv", "FusedConv", "Gemm")), math.log2(kernel.inside),
-        math.log2(kernel.padding), float(kernel.cout % 8 > 0), math.log2(1 + moved / CACHE), weights,
+        math.log2(kernel.padding), float(kernel.cout % 8 > 0),
+        math.log2(1 + moved / CACHE), weights,
     ]  # fmt: skip
 
 
