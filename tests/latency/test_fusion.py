@@ -100,8 +100,8 @@ def networks() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
     }
 
 
-# by the weights, one tensor more or less is dequantized apart; ONNX Runtime quantizes the sum behind
-# a norm once more, and moves a small transposition behind a pooling
+# by the weights, one tensor more or less is dequantized apart; ONNX Runtime quantizes the sum
+# behind a norm once more, and moves a small transposition behind a pooling
 KNOWN = {
     ("attention", "intel-cpu"): {"Eltwise"},
     ("norms of pixels", "host-onnxruntime"): {"QuantizeLinear", "DequantizeLinear"},
