@@ -191,9 +191,9 @@ def _conv(
     return nn.Sequential(*layers, *([act] if act is not None else []))
 
 
-def _eight(value: float, unit: int = 8) -> int:
-    """The nearest multiple of 8, as pruning leaves widths, or of `unit`."""
-    return max(unit, round(value / unit) * unit)
+def _multiple(value: float, of: int = 8) -> int:
+    """The nearest one; of 8, as pruning leaves widths."""
+    return max(of, round(value / of) * of)
 
 
 def _shortcut(cin: int, cout: int, stride: int) -> nn.Module:
@@ -214,7 +214,7 @@ def _stem(draw: random.Random, width: int, act: nn.Module) -> tuple[list[nn.Modu
 def _head(draw: random.Random, channels: int, act: nn.Module) -> list[nn.Module]:
     layers: list[nn.Module] = []
     if draw.random() < 0.3:
-        wide = _eight(channels * draw.uniform(1.5, 4))
+        wide = _multiple(channels * draw.uniform(1.5, 4))
         layers, channels = [_conv(channels, wide, 1, act)], wide
     return [
         *layers,
@@ -238,7 +238,7 @@ def _staged(
     layers, shrunk = _stem(draw, width, act())
     channels = width
     for stage in range(draw.choice((3, 4))):
-        wide = _eight(channels * draw.uniform(*growth))
+        wide = _multiple(channels * draw.uniform(*growth))
         for index in range(draw.randint(*depth)):
             stride = 2 if index == 0 and (stage > 0 or shrunk == 2) and size // shrunk > 4 else 1
             shrunk *= stride
@@ -258,7 +258,7 @@ def _dense(draw: random.Random) -> tuple[nn.Module, Shape]:
             branch = nn.Sequential(_conv(cin, cout, 3, act(), stride), _conv(cout, cout, 3, None))
             return Residual(branch, _shortcut(cin, cout, stride), act())
         if kind == "joined":
-            narrow, wide = _eight(cout * 0.25), _eight(cout * 0.5)
+            narrow, wide = _multiple(cout * 0.25), _multiple(cout * 0.5)
             rest = cout - narrow - wide
             if rest <= 0:
                 return _conv(cin, cout, 3, act(), stride)
@@ -267,7 +267,7 @@ def _dense(draw: random.Random) -> tuple[nn.Module, Shape]:
                 nn.Sequential(_conv(cin, wide, 1, act()), _conv(wide, wide, 3, act(), stride)),
                 nn.Sequential(nn.AvgPool2d(3, stride, 1), _conv(cin, rest, 1, act())),
             ])  # fmt: skip
-        inner = _eight(cout * draw.choice((0.25, 0.5)))
+        inner = _multiple(cout * draw.choice((0.25, 0.5)))
         groups = 1
         if kind == "grouped":
             group_width = draw.choice((8, 16, 32))
@@ -298,13 +298,13 @@ def _depthwise(draw: random.Random) -> tuple[nn.Module, Shape]:
             ))  # fmt: skip
         if kind == "separable":
             return nn.Sequential(_conv(cin, cin, k, act(), stride, cin), _conv(cin, cout, 1, act()))
-        wide = _eight(cin * draw.uniform(2, 6))
+        wide = _multiple(cin * draw.uniform(2, 6))
         layers: list[nn.Module] = [
             _conv(cin, wide, 1, act()), _conv(wide, wide, k, act(), stride, wide),
         ]  # fmt: skip
         if draw.random() < excites:
             gate = nn.Hardsigmoid() if act is nn.Hardswish else nn.Sigmoid()
-            squeezed = _eight(draw.choice((cin, wide)) / 4)
+            squeezed = _multiple(draw.choice((cin, wide)) / 4)
             inner = nn.ReLU() if act is not nn.SiLU else nn.SiLU()
             layers.append(SqueezeExcite(wide, squeezed, inner, gate))
         branch = nn.Sequential(*layers, _conv(wide, cout, 1, None))
@@ -354,7 +354,7 @@ def _varied(
     def width(macs: float) -> int:
         """Of a layer that takes so many multiply-accumulates for each pixel and channel."""
         most = min(max(MOST_MACS / (macs * area), 16), WIDEST)
-        return _eight(math.exp(draw.uniform(math.log(8), math.log(most))), unit)
+        return _multiple(math.exp(draw.uniform(math.log(8), math.log(most))), unit)
 
     unit = draw.choice((8, 4, 4))  # some networks' channels are no multiples of 8
     kinds = ["plain"] * 4 + ["depthwise", "grouped", "inverted"] * 2 + ["ghost", "joined", "basic"]
@@ -382,7 +382,7 @@ def _varied(
         ]  # fmt: skip
         if draw.random() < 0.5:
             gate = draw.choice((nn.Hardsigmoid, nn.Sigmoid))()
-            layers.append(SqueezeExcite(wide, _eight(wide / 4, unit), nn.ReLU(), gate))
+            layers.append(SqueezeExcite(wide, _multiple(wide / 4, unit), nn.ReLU(), gate))
         if stride == 1 and draw.random() < 0.5:
             return Residual(nn.Sequential(*layers, _conv(wide, cin, 1, None)), nn.Identity(),
                             nn.Identity()), cin  # fmt: skip
@@ -412,7 +412,7 @@ def _transformer(draw: random.Random) -> tuple[nn.Module, Shape]:
     dim = min(max(dim, 64), 320) // heads * heads
 
     def mlp(width: int, ratio: float) -> nn.Sequential:
-        hidden = _eight(width * ratio)
+        hidden = _multiple(width * ratio)
         return nn.Sequential(
             nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width)
         )
@@ -425,7 +425,7 @@ def _transformer(draw: random.Random) -> tuple[nn.Module, Shape]:
         layers: list[nn.Module] = [nn.Conv2d(3, width, 4, 4), ByPixel(nn.LayerNorm(width))]
         for stage in range(3):
             if stage:
-                wide = _eight(width * draw.uniform(1.4, 2.0))
+                wide = _multiple(width * draw.uniform(1.4, 2.0))
                 layers += [ByPixel(nn.LayerNorm(width)), nn.Conv2d(width, wide, 2, 2)]
                 width = wide
             for _ in range(draw.randint(1, 3)):
@@ -433,7 +433,7 @@ def _transformer(draw: random.Random) -> tuple[nn.Module, Shape]:
                 if draw.random() < 0.5:
                     layers.append(residual(nn.Sequential(depthwise, ByPixel(mlp(width, 4)))))
                     continue
-                hidden = _eight(width * draw.choice((3, 4)))
+                hidden = _multiple(width * draw.choice((3, 4)))
                 layers.append(residual(nn.Sequential(
                     depthwise, ByPixel(nn.LayerNorm(width)), nn.Conv2d(width, hidden, 1), nn.GELU(),
                     nn.Conv2d(hidden, width, 1),
@@ -442,7 +442,7 @@ def _transformer(draw: random.Random) -> tuple[nn.Module, Shape]:
         return nn.Sequential(*layers), (3, size, size)
     if kind == "hybrid":
         act = draw.choice((nn.ReLU, nn.Hardswish, nn.SiLU))
-        widths = [_eight(dim / 4), _eight(dim / 2), dim]
+        widths = [_multiple(dim / 4), _multiple(dim / 2), dim]
         layers, cin = [], 3
         for width in widths:
             layers.append(_conv(cin, width, 3, act(), 2))

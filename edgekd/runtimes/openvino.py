@@ -32,8 +32,7 @@ def _openvino() -> Any:
 
 
 def write_ir(exported: ir.Model, path: Path, *, half: bool) -> dict[str, str]:
-    """An ONNX model as `.xml` and `.bin`, batch 1, float weights in FP16 if `half`; the tools'
-    versions.
+    """An ONNX model as an IR of batch 1, float weights in FP16 if `half`; the tools' versions.
 
     Raises:
         TargetError: OpenVINO has no conversion for an operator.

@@ -198,7 +198,10 @@ RUNTIMES = {
 
 
 def load_model(manifest, file=None):
-    """A function from a list of float arrays (N, C, H, W) to the list of float outputs."""
+    """A function from a list of float arrays (N, C, H, W) to the list of float outputs.
+
+    N is 1, but for ONNX Runtime's files with an open batch.
+    """
     run, _ = RUNTIMES[manifest["runtime"]](os.path.join(HERE, file or manifest["file"]), manifest)
     names = manifest["variants"][file]["outputs"] if file else manifest["io"]["outputs"]
     integers = manifest["integers"]
