@@ -58,6 +58,11 @@ class _Chains:
         self.open[id(op)] = len(self.kernels)
         self.kernels.append(kernel)
 
+    def maker(self, op: Op) -> str:
+        """The kind of the kernel that gives `op` and still takes more along; empty if none does."""
+        place = self.open.get(id(op))
+        return "" if place is None else self.kernels[place].op
+
     def tensor(self, op: Op, name: str, reads: int) -> None:
         self.emit(op, of_tensor(name, op.shape, reads, op.size))
 
@@ -108,8 +113,7 @@ class _Chains:
 
     def quantize_apart(self, source: Op) -> None:
         """For its other readers `source` is quantized, by a kernel of its own."""
-        place = self.open.get(id(source))
-        if place is None or self.kernels[place].op not in ("Eltwise", EXP):
+        if self.maker(source) not in ("Eltwise", EXP):
             self.kernels.append(elementwise("Eltwise", source.shape, source.size))
 
 
@@ -133,10 +137,9 @@ def _other(op: Op, chains: _Chains) -> None:
     if op.kind in ("view", "select", "squeeze", "unsqueeze") and op.inputs:
         chains.lay(op.inputs[0], True)
         chains.rows.add(id(op))
-        if id(op.inputs[0]) in chains.open and len(op.inputs[0].users) == 1:
-            place = chains.open[id(op.inputs[0])]
-            if chains.kernels[place].op == "FullyConnected" and chains.place is None:
-                chains.open[id(op)] = place
+        alone = len(op.inputs[0].users) == 1
+        if alone and chains.maker(op.inputs[0]) == "FullyConnected" and chains.place is None:
+            chains.open[id(op)] = chains.open[id(op.inputs[0])]
         return
     if op.kind in ("part",):
         if id(op.inputs[0]) in chains.rows:
@@ -189,10 +192,7 @@ def _sum_takers(op: Op, chains: _Chains) -> list[Op]:
     bare = [term for term in op.inputs if not activation(term)]
     if place is None:
         return bare
-    made = [chains.open.get(id(term), -1) for term in op.inputs]
-    if any(len(term.users) > 1 for term in op.inputs) or not all(
-        at >= 0 and chains.kernels[at].op == "Convolution" for at in made
-    ):
+    if any(len(i.users) > 1 or chains.maker(i) != "Convolution" for i in op.inputs):
         return []
     activated = [
         term for term in op.inputs if activation(term)
