@@ -249,7 +249,7 @@ def _ov_permute(op: Op, chains: _Chains) -> None:
     if source.kind == "view" and len(source.inputs[0].shape) == 4 and len(op.users) == 1:
         if chains.place is not None and op.users[0].kind == "cat":
             chains.tensor(op, "Eltwise", op.size)
-        return  # so is that of the map that becomes tokens
+        return  # a map becomes tokens by the reorder in front of the view
     size = 4 if chains.place is None else 1
     name = TURN if moves_elements(source.shape, op.shape, size) else "Transpose"
     chains.tensor(op, name, op.size)

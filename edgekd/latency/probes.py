@@ -356,7 +356,7 @@ def _varied(
         most = min(max(MOST_MACS / (macs * area), 16), WIDEST)
         return _multiple(math.exp(draw.uniform(math.log(8), math.log(most))), unit)
 
-    unit = draw.choice((8, 4, 4))  # some networks' channels are no multiples of 8
+    unit = draw.choice((8, 4, 4))  # some layers' channels are no multiples of 8
     kinds = ["plain"] * 4 + ["depthwise", "grouped", "inverted"] * 2 + ["ghost", "joined", "basic"]
     kind, k = draw.choice(kinds), draw.choice((3, 3, 3, 5, 7))
     if kind == "plain":

@@ -67,7 +67,7 @@ def _of_one_sample(model: Any) -> None:
     """Fix an open batch to 1.
 
     With it open, the compiler runs a pass of its own for each operator between the layers, and
-    several for a norm (`tools/bench_batch.py`).
+    leaves the transpositions around a norm (`tools/bench_batch.py`).
     """
     shapes = {port: port.partial_shape for port in model.inputs}
     for shape in shapes.values():

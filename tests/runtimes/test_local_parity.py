@@ -590,7 +590,5 @@ def test_openvino_quantizes_what_a_concatenation_joins_inside_its_layers(tmp_pat
     assert local.tensors == local.of - 2
     kinds = Counter(node.operator for node in runtime_nodes("openvino", path))
     assert kinds["Concatenation"] == 2
-    assert (kinds["Subgraph"], kinds["FakeQuantize"]) == (
-        1,
-        0,
-    )  # the input's: others run inside layers
+    # the input's quantizer is one; all others run inside convolutions
+    assert (kinds["Subgraph"], kinds["FakeQuantize"]) == (1, 0)

@@ -107,6 +107,8 @@ def test_an_ir_for_openvino(floats: Path, tmp_path: Path):
     openvino = pytest.importorskip("openvino")
     artifact, _ = adapt(floats, target="intel-cpu", out=tmp_path / "ov")
     assert artifact.path.name == "model.xml"
+    (given,) = openvino.Core().read_model(artifact.path).inputs
+    assert given.shape[0] == 1  # the source's batch is open
     (y,) = openvino.Core().compile_model(artifact.path, "CPU", {
         "INFERENCE_PRECISION_HINT": "f32"
     })([X]).values()  # fmt: skip
