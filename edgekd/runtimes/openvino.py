@@ -21,6 +21,7 @@ from edgekd.target import Target
 MATRIX_LAYERS = {
     "Convolution", "GroupConvolution", "Deconvolution", "FullyConnected", "MatMul",
 }  # fmt: skip
+CLIP = ".clip"
 
 
 def _openvino() -> Any:
@@ -31,7 +32,7 @@ def _openvino() -> Any:
     return openvino
 
 
-def write_ir(exported: ir.Model, path: Path, *, half: bool) -> dict[str, str]:
+def write_ir(exported: ir.Model, target: Target, path: Path, *, half: bool) -> dict[str, str]:
     """An ONNX model as an IR of batch 1, float weights in FP16 if `half`; the tools' versions.
 
     Raises:
@@ -54,6 +55,8 @@ def write_ir(exported: ir.Model, path: Path, *, half: bool) -> dict[str, str]:
             ) from None
         _quantize_terms(model)
         _of_one_sample(model)
+        if target.device == "CPU":
+            _bound_branches(model)
         if KEY in exported.metadata_props:
             model.set_rt_info(exported.metadata_props[KEY], KEY)
         try:
@@ -103,6 +106,61 @@ def _quantize_terms(model: Any) -> None:
             reader.replace_source_output(joined.output(0))
 
 
+def _bound_branches(model: Any) -> None:
+    """Clip what a convolution adds to a quantized skip where the sum's quantizer clips anyway.
+
+    Of fixed shapes the compiler adds inside the convolution only behind a quantizer, which its
+    kernel takes for a clip: it does not round. With these ends that changes nothing, and spares a
+    pass over the sum in float. Where the compiler leaves the two apart it would round: taken out.
+    """
+    opset = _openvino().opset13
+    for add in model.get_ordered_ops():
+        sums = [_quantizer(reader.get_node()) for reader in add.output(0).get_target_inputs()]
+        if add.get_type_name() != "Add" or not sums or not all(sums):
+            continue
+        shapes = [value.get_partial_shape() for value in add.input_values()]
+        if shapes[0] != shapes[1] or shapes[0].is_dynamic:
+            continue
+        for branch, skip in ((0, 1), (1, 0)):
+            added = _quantizer(add.input_value(skip).get_node())
+            if added is None or not _of_convolution(add.input_value(branch)):
+                continue
+            (_, (*_, low, high)) = added
+            most = max(abs(x) for _, (*_, a, b) in sums for x in (a - high, b - low))
+            ends = [opset.constant(np.float32(x)) for x in (-most * 128 / 127, most)] * 2
+            name = f"{add.get_friendly_name()}{CLIP}"
+            clip = opset.fake_quantize(add.input_value(branch), *ends, levels=256, name=name)
+            add.input(branch).replace_source_output(clip.output(0))
+            break
+    if _clips(model):
+        compiled = _openvino().Core().compile_model(model, "CPU")
+        infos = [op.get_rt_info() for op in compiled.get_runtime_model().get_ops()]
+        together = [set(info["originalLayersNames"].astype(str).split(",")) for info in infos]
+        for name, clip in _clips(model).items():
+            if not any({name, name.removesuffix(CLIP)} <= names for names in together):
+                _take_out(clip)
+
+
+def _clips(model: Any) -> dict[str, Any]:
+    """What `_bound_branches` put in, by name."""
+    names = {op.get_friendly_name(): op for op in model.get_ops()}
+    return {name: op for name, op in names.items() if name.endswith(CLIP)}
+
+
+def _take_out(node: Any) -> None:
+    for reader in node.output(0).get_target_inputs():
+        reader.replace_source_output(node.input_value(0))
+
+
+def _of_convolution(value: Any) -> bool:
+    """Whether it is what a convolution gives, with its bias, to one reader."""
+    node = value.get_node()
+    if node.get_type_name() == "Add":
+        node = node.input_value(0).get_node()
+    alone = len(value.get_target_inputs()) == 1
+    return alone and node.get_type_name() in ("Convolution", "GroupConvolution")
+
+
 def _quantizer(node: Any) -> tuple[int, list[float]] | None:
     """Number of integers and ends of a quantizer with one range; None of any other node."""
     if node.get_type_name() != "FakeQuantize":
@@ -130,7 +188,7 @@ class OpenVino:
     def export(self, net: Network, target: Target, path: Path) -> dict[str, str]:
         """Write the IR: `.xml` and `.bin`; float weights as the device computes, FP16 or FP32."""
         half = net.scheme is None and target.float_precision == "fp16"
-        return write_ir(to_onnx(net, target), path, half=half)
+        return write_ir(to_onnx(net, target), target, path, half=half)
 
     def load(self, path: Path, *, threads: int, emulated: bool = False) -> OpenVinoSession:
         """Compile an IR; `emulated` is refused: OpenVINO has no such mode."""
@@ -234,8 +292,13 @@ class OpenVinoSession:
         return integer, total
 
     def tensors(self, inputs: Arrays, names: list[str]) -> dict[str, NDArray[np.float32]]:
-        """Values of inner tensors by name; showing them may keep neighbours from fusing."""
+        """Values of inner tensors by name; showing them may keep neighbours from fusing.
+
+        What `_bound_branches` put in is taken out: a kernel that is not fused rounds there.
+        """
         model = self._model.clone()
+        for clip in _clips(model).values():
+            _take_out(clip)
         known = {name for op in model.get_ordered_ops() for o in op.outputs() for name in o.names}
         outputs = {name for o in model.outputs for name in o.names}
         model.add_outputs([name for name in names if name in known - outputs])

@@ -96,7 +96,7 @@ def adapt(
     Artifact.claim(folder, target, precision)
     if target.runtime == "openvino":
         place = folder / "model.xml"
-        versions = write_ir(model, place, half=precision == "fp16")
+        versions = write_ir(model, target, place, half=precision == "fp16")
     else:
         place = folder / "model.onnx"
         versions = save_onnx(model, place)

@@ -302,6 +302,61 @@ def test_openvino_takes_a_sum_into_a_convolution_and_its_relu(tmp_path: Path):
         assert found.max_steps <= 1
 
 
+class Residual(nn.Module):
+    """A skip that a branch of one or two convolutions reads, and that is added behind it."""
+
+    def __init__(self, kind: type[nn.Module], groups: int, deep: bool) -> None:
+        super().__init__()
+        self.stem = kind(3, 8, 3, padding=1)
+        self.first = kind(8, 8, 1) if deep else nn.Identity()
+        self.branch, self.head = kind(8, 8, 3, padding=1, groups=groups), kind(8, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x).relu()
+        y: torch.Tensor = self.head((x + self.branch(self.first(x).relu())).relu())
+        return y
+
+
+@pytest.mark.parametrize(
+    ("target", "kind", "groups", "deep", "adds"),
+    [
+        ("intel-cpu", nn.Conv2d, 1, True, "Convolution"),
+        ("intel-cpu-vnni", nn.Conv2d, 1, True, "Convolution"),
+        ("intel-cpu-vnni", nn.Conv2d, 2, True, "Convolution"),
+        ("intel-cpu-vnni", nn.Conv2d, 8, True, "Convolution"),
+        ("intel-cpu-vnni", nn.Conv1d, 1, True, "Convolution"),
+        ("intel-cpu-vnni", nn.Conv3d, 1, True, "Convolution"),
+        ("intel-cpu-vnni", nn.Conv2d, 1, False, "Subgraph"),  # not over what it reads itself
+        ("intel-igpu", nn.Conv2d, 1, True, "Subgraph"),  # other devices would round
+    ],
+)
+def test_openvino_adds_a_skip_inside_the_convolution_and_rounds_nothing_before(
+    target: str, kind: type[nn.Module], groups: int, deep: bool, adds: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch
+):  # fmt: skip
+    pytest.importorskip("openvino")
+    monkeypatch.setattr(runtime_graph, "RUNS", 2)
+    torch.manual_seed(0)
+    sides = (12,) * {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}[kind]
+    x = torch.randn(16, 3, *sides)
+    net = quantize(
+        Network(Residual(kind, groups, deep), x[:1]), target=target, data=[x], accelerator="cpu"
+    )
+    path = export(net, target=target, out=tmp_path).path
+    session = get_runtime("openvino").load(path, threads=1)
+    with torch.no_grad():
+        ours = net(x).numpy()
+    step = np.abs(ours).max() / 127
+    assert np.abs(session([x.numpy()])[0] - ours).mean() / step < 0.005
+    assert_sound(local_parity(net, [x], written=None, shipped=session))
+    kernels = [
+        node.operator
+        for node in runtime_nodes("openvino", path)
+        if "node_add" in node.attributes["originalLayersNames"]
+    ]
+    assert kernels == [adds]
+
+
 class PaddedAverage(nn.Module):
     """Of a convolution; the averages at the border count its padding."""
 
