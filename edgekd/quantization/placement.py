@@ -24,7 +24,7 @@ from torchao.quantization.pt2e.quantizer import (
 )
 
 from edgekd.errors import ModelError, nearest
-from edgekd.quantization.canonical import split_silu
+from edgekd.quantization.canonical import ACTIVATIONS, split_silu
 from edgekd.quantization.capture import WEIGHTED, arguments, tensor_of
 from edgekd.quantization.fake_quant import FakeQuant
 from edgekd.target import IntegerOp, QuantScheme
@@ -78,6 +78,9 @@ MOVING = {op for op, kind in KINDS.items() if kind == "pass"} | {
     aten.expand.default, aten.clone.default, aten.split.Tensor, aten.unbind.int, aten.roll.default,
     aten.repeat.default,
 }  # fmt: skip
+TO_LAST, TO_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
+# with channels last in torch, they may be computed with channels first
+ON_CHANNELS = {aten.layer_norm.default, aten.linear.default, aten.reshape.default, *ACTIVATIONS}
 # kinds whose kernels multiply: what "runs in integers" is about
 MATRIX: tuple[Kind, ...] = ("conv", "conv_transpose", "linear", "matmul")
 # kinds that a convolution's kernel takes along, see `QuantScheme.add_inputs`
@@ -185,7 +188,7 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no type
             leads = any(map(self._kind, node.users)) or (
                 self.scheme.integer_outputs and _ends(node)
             )
-            return "pass" if moves and leads else None
+            return "pass" if moves and leads and not self._joins(node) else None
         if kind is None or kind not in self.scheme.ops or layer_name(node) in self.float_layers:
             return None
         args = arguments(node)
@@ -253,23 +256,30 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no type
         return [t for t in args[:2] if not (kind in SUMS and self._joins(t))]
 
     def _joins(self, node: Node) -> bool:
-        """Whether `node` is the convolution, or its ReLU, that the Add behind it is fused into.
+        """Whether `node` is on the way from a convolution to the Add that it is fused into.
 
         The main branch is the first term by convention; one convolution is fused, not two.
         """
         if self.scheme.add_inputs == "both" or len(node.users) != 1:
             return False
         (add,) = node.users
+        if KINDS.get(add.target) == "pass":
+            return self._joins(add)
         if self._kind(add) not in SUMS:
             return False
         return next(filter(self._takes_sum, arguments(add)[:2]), None) is node
 
     def _takes_sum(self, node: Node) -> bool:
         """Whether a convolution's kernel gives `node`, and may give the sum with it instead."""
-        made = node
+        way, kind = [node], "conv"
         if self.scheme.add_inputs == "skip-activated" and upper_bound(node) is not None:
-            made = arguments(node)[0]
-        return self._kind(made) == "conv" and len(node.users) == len(made.users) == 1
+            way.append(arguments(node)[0])
+        elif self.scheme.linear_as_conv and _turns_back(node):
+            kind = "linear"
+            while KINDS.get(way[-1].target) == "pass":
+                way.append(arguments(way[-1])[0])
+        alone = all(len(each.users) == 1 for each in way)
+        return alone and KINDS.get(way[-1].target) == kind == self._kind(way[-1])
 
     def _wants_output(self, node: Node, kind: Kind) -> bool:
         if self.scheme.integer_outputs and all(map(_ends, node.users)):
@@ -346,6 +356,24 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no type
 def _passes(node: Node) -> bool:
     """Whether a "pass" operator does so with these arguments: a Pad of other than 0 does not."""
     return not ("pad" in str(node.target) and any(arguments(node)[3:]))
+
+
+def _turns_back(node: Node) -> bool:
+    """Whether `node` ends what the export computes with channels first, see `turn_maps`."""
+    if not _permutes(node, TO_FIRST):
+        return False
+    region = [arguments(node)[0]]
+    for each in region:
+        if not _permutes(each, TO_LAST):
+            if each.target not in ON_CHANNELS:
+                return False
+            sources = [source for source in each.all_input_nodes if source.op != "get_attr"]
+            region += [source for source in sources if source not in region]
+    return all(user in region or _permutes(user, TO_FIRST) for each in region for user in each.users)
+
+
+def _permutes(node: Node, axes: tuple[int, ...]) -> bool:
+    return node.target is aten.permute.default and tuple(arguments(node)[1]) == axes
 
 
 def _is_normalized(node: Node) -> bool:
