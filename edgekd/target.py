@@ -50,8 +50,8 @@ class QuantScheme(_Frozen):
         outputs: whether the output of an integer operator is quantized too.
         fused_activations: those that the kernel of a convolution or a linear layer takes along, on
             its sums, besides ReLU and ReLU6: no quantizer stands between.
-        linear_as_conv: whether the file computes a linear layer over a map with channels last, between
-            permutations, as a convolution, which an Add behind it may be fused into.
+        linear_as_conv: whether the file computes a linear layer over a map with channels last,
+            between permutations, as a convolution, which an Add behind it may be fused into.
         integer_inputs, integer_outputs: whether the file takes and gives integers; their scales are
             in its metadata, see `integer_ends`.
         least_pooled_channels: a convolution over 1 × 1 maps of fewer channels stays in float, where

@@ -22,7 +22,7 @@ from edgekd.latency.exported import (
     plain_kernel,
 )
 from edgekd.latency.kernels import EXP, TURN, Kernel, moves_elements, of_tensor
-from edgekd.latency.tracing import Op
+from edgekd.latency.tracing import Op, count_users
 from edgekd.target import QuantScheme
 
 OPENVINO = {
@@ -185,13 +185,21 @@ def _ov_binary(op: Op, chains: _Chains) -> None:
 def _sum_takers(op: Op, chains: _Chains) -> list[Op]:
     """Terms of the sum `op` whose convolution may add the others, the likeliest first.
 
-    In integers it adds nothing that another layer reads too. One behind an activation may in
-    integers only, where no convolution reads what it would add.
+    None adds what it reads itself. In integers it adds what has a quantizer, if one is behind the
+    sum too; else nothing that another layer reads. One behind an activation may in integers only,
+    where no convolution reads what it would add.
     """
     place = chains.place
-    bare = [term for term in op.inputs if not activation(term)]
+    bare = [
+        term for term in op.inputs
+        if not activation(term) and not any(i in op.inputs for i in term.inputs)
+    ]  # fmt: skip
     if place is None:
         return bare
+    last = op.users[0] if place.absorbed(op) else op
+    joining = [term for term in bare if place.joins(term) and term.kind == "convolution"]
+    if joining and chains.integer(last):
+        return joining
     if any(len(i.users) > 1 or chains.maker(i) != "Convolution" for i in op.inputs):
         return []
     activated = [
@@ -218,6 +226,20 @@ def _ov_norm(op: Op, chains: _Chains) -> None:
     chains.rows.add(id(op))
     if chains.place is not None and any(chains.place.kind(u) for u in op.users):
         chains.kernels.append(elementwise("Eltwise", op.shape, op.size))
+
+
+def _ov_channel_norm(op: Op, chains: _Chains) -> None:
+    """Its two means, and the passes between them."""
+    mean = (1, 1, *op.shape[2:])
+    read = op.size + math.prod(mean)
+    chains.kernels += [
+        elementwise("Reduce", mean, op.size),
+        elementwise("Eltwise", op.shape, read, 2 * op.size),
+        elementwise("Reduce", mean, op.size)
+        if math.prod(mean) > 1
+        else elementwise("RMS", op.shape, op.size),
+    ]
+    chains.tensor(op, "Eltwise", read)
 
 
 def _ov_mean(op: Op, chains: _Chains) -> None:
@@ -302,12 +324,54 @@ def _ov_shuffle(op: Op, chains: _Chains) -> None:
 RULE: dict[str, Callable[[Op, _Chains], None]] = {
     "convolution": _ov_convolution, "view": _ov_shuffle, "add": _ov_binary, "mul": _ov_binary,
     "sub": _ov_binary, "div": _ov_binary, "layer_norm": _ov_norm, "mean": _ov_mean,
-    "permute": _ov_permute, "transpose": _ov_permute,
+    "channel_norm": _ov_channel_norm, "permute": _ov_permute, "transpose": _ov_permute,
     "unbind": _ov_unbind, "matmul": _ov_matmul, "softmax": lambda op, chains: (
         None if op.inputs[0].kind == "matmul" else _other(op, chains)
     ),
     **dict.fromkeys(NAMES, _ov_activation),
 }  # fmt: skip
+
+
+def _turn_maps(ops: Sequence[Op]) -> list[Op]:
+    """With channels first what the export computes so, see `runtimes/openvino_graph.py`."""
+    stands: dict[int, Op] = {}
+    for end in ops:
+        if _permutes(end, TO_FIRST) and (region := _between(end)):
+            batch, height, width, _ = end.inputs[0].shape
+            for op in (*region, end):
+                if op.kind in ("permute", "view"):
+                    stands[id(op)] = op.inputs[0]
+                    continue
+                op.shape = (batch, op.shape[-1], height, width)
+                if op.kind == "layer_norm":
+                    op.kind = "channel_norm"
+                elif op.kind == "linear":
+                    op.kind, op.weight = "convolution", (*op.weight, 1, 1)
+                    op.options |= {"stride": (1, 1), "groups": 1, "transposed": False}
+    for op in ops:
+        for place, source in enumerate(op.inputs):
+            while id(source) in stands:
+                source = stands[id(source)]
+            op.inputs[place] = source
+    kept = [op for op in ops if id(op) not in stands]
+    count_users(kept)
+    return kept
+
+
+def _between(end: Op) -> list[Op]:
+    """What stands between permutations to channels last and back, and is read nowhere else."""
+    region = [end.inputs[0]]
+    for op in region:
+        if not _permutes(op, TO_LAST):
+            if op.kind not in ("layer_norm", "linear", "view", *NAMES):
+                return []
+            region += [source for source in op.inputs if source not in region]
+    inside = all(user in region or _permutes(user, TO_FIRST) for op in region for user in op.users)
+    return region if inside else []
+
+
+def _permutes(op: Op, axes: tuple[int, ...]) -> bool:
+    return op.kind == "permute" and op.options["axes"] == axes
 
 
 def _move_strides(ops: Sequence[Op]) -> None:
@@ -331,6 +395,8 @@ def _move_strides(ops: Sequence[Op]) -> None:
 
 def openvino_kernels(ops: Sequence[Op], scheme: QuantScheme | None) -> list[Kernel]:
     """Of OpenVINO's CPU plugin, x86, in FP32 or INT8."""
+    if scheme is None or scheme.linear_as_conv:
+        ops = _turn_maps(ops)
     if scheme is None:
         _move_strides(ops)
     return _Chains(ops, scheme).kernels

@@ -369,7 +369,9 @@ def _turns_back(node: Node) -> bool:
                 return False
             sources = [source for source in each.all_input_nodes if source.op != "get_attr"]
             region += [source for source in sources if source not in region]
-    return all(user in region or _permutes(user, TO_FIRST) for each in region for user in each.users)
+    return all(
+        user in region or _permutes(user, TO_FIRST) for each in region for user in each.users
+    )
 
 
 def _permutes(node: Node, axes: tuple[int, ...]) -> bool:

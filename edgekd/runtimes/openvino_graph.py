@@ -166,10 +166,7 @@ def _turns(node: Any, names: set[str]) -> bool:
         options = node.get_attributes()
         plain = options["transpose_b"] and not options["transpose_a"]
         return (
-            plain
-            and len(others) == 1
-            and _is_fixed(others[0])
-            and len(others[0].get_shape()) == 2
+            plain and len(others) == 1 and _is_fixed(others[0]) and len(others[0].get_shape()) == 2
         )
     if kind in BINARY:
         return all(_is_fixed(v) and _is_of_channels(list(v.get_shape())) for v in others)
@@ -257,14 +254,14 @@ def bound_branches(model: Any) -> None:
         if shapes[0] != shapes[1] or shapes[0].is_dynamic:
             continue
         for branch, skip in ((0, 1), (1, 0)):
-            added = _quantizer(add.input_value(skip).get_node())
-            if added is None or not _of_convolution(add.input_value(branch)):
+            ends = _ends(add.input_value(skip).get_node())
+            if ends is None or not _of_convolution(add.input_value(branch)):
                 continue
-            (_, (*_, low, high)) = added
+            low, high = ends
             most = max(abs(x) for _, (*_, a, b) in sums for x in (a - high, b - low))
-            ends = [opset.constant(np.float32(x)) for x in (-most * 128 / 127, most)] * 2
+            sides = [opset.constant(np.float32(x)) for x in (-most * 128 / 127, most)] * 2
             name = f"{add.get_friendly_name()}{CLIP}"
-            clip = opset.fake_quantize(add.input_value(branch), *ends, levels=256, name=name)
+            clip = opset.fake_quantize(add.input_value(branch), *sides, levels=256, name=name)
             add.input(branch).replace_source_output(clip.output(0))
             break
     if _clips(model):
@@ -274,6 +271,18 @@ def bound_branches(model: Any) -> None:
         for name, clip in _clips(model).items():
             if not any({name, name.removesuffix(CLIP)} <= names for names in together):
                 _take_out(clip)
+
+
+def _ends(node: Any) -> tuple[float, float] | None:
+    """Between which a quantizer keeps `node`'s numbers; None if none does."""
+    if node.get_type_name() in ("Concat", "MaxPool"):
+        terms = node.input_values() if node.get_type_name() == "Concat" else [node.input_value(0)]
+        ends = [_ends(term.get_node()) for term in terms]
+        known = [each for each in ends if each]
+        lows, highs = zip(*known, strict=True) if len(known) == len(ends) else ((), ())
+        return (min(lows), max(highs)) if lows else None
+    quantizer = _quantizer(node)
+    return None if quantizer is None else (quantizer[1][2], quantizer[1][3])
 
 
 def _clips(model: Any) -> dict[str, Any]:

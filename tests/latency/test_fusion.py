@@ -83,6 +83,25 @@ class HardGate(nn.Module):
         return self.head(self.last(x * self.gate(x)).relu().mean((2, 3)))
 
 
+class Mixer(nn.Module):
+    """A residual of one convolution, and ConvNeXt's: linear layers between permutations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.alone = nn.Conv2d(3, 16, 3, 2, 1), nn.Conv2d(16, 16, 3, 1, 1)
+        self.depthwise = nn.Conv2d(16, 16, 7, 1, 3, groups=16)
+        self.mix = nn.Sequential(
+            nn.LayerNorm(16), nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16)
+        )  # fmt: skip
+        self.norm, self.head = nn.LayerNorm(16), nn.Linear(16, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x).relu()
+        x = (x + self.alone(x)).relu()
+        x = x + self.mix(self.depthwise(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.head(self.norm(x.permute(0, 2, 3, 1)).mean((1, 2)))
+
+
 def networks() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
     return {
         "residual, pruned": (resnet(num_classes=10, widths=(24, 40), depths=(1, 2)), (3, 32, 32)),
@@ -97,15 +116,18 @@ def networks() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
         "pyramid, bilinear": (Pyramid("bilinear"), (3, 32, 32)),
         "joined": (Joined(), (3, 32, 32)),
         "hard gate": (HardGate(), (3, 32, 32)),
+        "linear layers on maps": (Mixer(), (3, 32, 32)),
     }
 
 
 # by the weights, one tensor more or less is dequantized apart; ONNX Runtime quantizes the sum
-# behind a norm once more, and moves a small transposition behind a pooling
+# behind a norm once more, and moves a small transposition behind a pooling; OpenVINO makes floats
+# of a skip where its sum is quantized in front of an activation
 KNOWN = {
     ("attention", "intel-cpu"): {"Eltwise"},
     ("norms of pixels", "host-onnxruntime"): {"QuantizeLinear", "DequantizeLinear"},
     ("silu, pooled", "host-onnxruntime"): {"Transpose"},
+    ("silu, pooled", "intel-cpu"): {"Reorder"},
 }
 
 
