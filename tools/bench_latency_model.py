@@ -4,7 +4,7 @@
     python tools/bench_latency_model.py --measure --minutes 60   # what is exported, not yet timed
     python tools/bench_latency_model.py                          # docs/latency_model.md
 
-60 random networks of the kinds that `edgekd calibrate` measures, by a seed that development did not
+60 random networks of the kinds that `edgekd calibrate` measures, by seeds that development did not
 use, and 20 of torchvision and timm; FP32 and INT8, ONNX Runtime and OpenVINO. What estimates them
 was fitted to the 20 networks of the shipped profiles. One file a network is kept in
 docs/bench/latency_model/. Exports may run while others do, `--part 0/2` and `--part 1/2` at once;
@@ -56,8 +56,8 @@ from edgekd.target import Target
 
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "docs" / "bench" / "latency_model"
-TARGETS = ("host-onnxruntime", "intel-cpu")
-TEST_SEED = 20261300
+# target -> seed of its random networks: a new one whenever its files' kernels become others
+SEEDS = {"host-onnxruntime": 20261300, "intel-cpu": 20261400}
 KINDS: tuple[ProbeKind, ...] = ("dense", "depthwise", "transformer")
 # name -> side in pixels
 NAMED = {
@@ -89,9 +89,9 @@ def named(name: str) -> tuple[nn.Module, tuple[int, ...]]:
     return models.get_model(model, weights=None, **options), (3, side, side)
 
 
-def test_names() -> list[str]:
+def test_names(target: str) -> list[str]:
     """In the order of measuring: all kinds from the start."""
-    random = [f"{kind}-{TEST_SEED + i}" for i in range(20) for kind in KINDS]
+    random = [f"{kind}-{SEEDS[target] + i}" for i in range(20) for kind in KINDS]
     mixed: list[str] = []
     for index, name in enumerate(NAMED):
         mixed += [*random[3 * index : 3 * index + 3], name]
@@ -106,43 +106,52 @@ def build(name: str) -> tuple[nn.Module, tuple[int, ...]]:
     return probe(kind, int(seed))  # type: ignore[arg-type]  # a kind by construction
 
 
-def export_one(name: str, files: Path) -> None:
-    """For all targets, in all precisions."""
+def export_one(name: str, target: Target, folder: Path) -> None:
+    """In all precisions."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     module, shape = build(name)
     net = edgekd.Network(module.eval(), torch.zeros(1, *shape))
-    for target in map(Target.load, TARGETS):
-        export_files(net, target, runnable(target), files)
-    write_atomically(files / "done", "")
+    export_files(net, target, runnable(target), files_of(name, folder))
+    write_atomically(done(name, target, folder), "")
 
 
-def measure(names: Sequence[str], folder: Path) -> None:
+def measure(names: Sequence[str], target: Target, folder: Path) -> None:
     """The files of networks that a runtime runs, in turns with the reference network."""
+    suffix = get_runtime(target.runtime).suffix
+    paths = {
+        (name, p): files_of(name, folder) / f"{target.name}-{p}{suffix}"
+        for name in names for p in runnable(target)
+    }  # fmt: skip
     measured: dict[str, dict[str, Any]] = {name: {} for name in names}
-    for target in map(Target.load, TARGETS):
-        suffix = get_runtime(target.runtime).suffix
-        paths = {
-            (name, p): files_of(name, folder) / f"{target.name}-{p}{suffix}"
-            for name in names for p in runnable(target)
+    for (name, precision), found in timed(paths, target.runtime, 1).items():
+        low, high = median_interval(found.samples)
+        measured[name][f"{target.name} {precision}"] = {
+            "quiet_ms": found.quiet_ms, "reference_ms": found.reference_ms,
+            "p50_ms": float(np.median(found.samples)), "low_ms": low, "high_ms": high,
+            "runs": len(found.samples), "sha256": fingerprint(paths[name, precision])[0],
+            "date": today(), "version": get_runtime(target.runtime).version(),
         }  # fmt: skip
-        for (name, precision), found in timed(paths, target.runtime, 1).items():
-            low, high = median_interval(found.samples)
-            measured[name][f"{target.name} {precision}"] = {
-                "quiet_ms": found.quiet_ms, "reference_ms": found.reference_ms,
-                "p50_ms": float(np.median(found.samples)), "low_ms": low, "high_ms": high,
-                "runs": len(found.samples), "sha256": fingerprint(paths[name, precision])[0],
-            }  # fmt: skip
     for name in names:
         module, shape = build(name)
         net = edgekd.Network(module.eval(), torch.zeros(1, *shape))
         record = {
             "network": name, "shape": shape, "params": net.params, "macs": net.macs,
-            "host": host_name(), "date": today(), "clock": "cpu", "threads": 1,
-            "measured": measured[name],
-            "versions": {r: get_runtime(r).version() for r in ("onnxruntime", "openvino")},
+            "host": host_name(), "clock": "cpu", "threads": 1,
+            "measured": read(name) | measured[name],
         }  # fmt: skip
         write_atomically(kept(name), json.dumps(record, indent=1))
+
+
+def done(name: str, target: Target, folder: Path) -> Path:
+    """What is there once a network's files are."""
+    return files_of(name, folder) / f"{target.name}.done"
+
+
+def read(name: str) -> dict[str, Any]:
+    """What was measured of a network, by target and precision."""
+    found: dict[str, Any] = json.loads(kept(name).read_text()) if kept(name).exists() else {}
+    return dict(found.get("measured", {}))
 
 
 def files_of(name: str, folder: Path) -> Path:
@@ -171,7 +180,7 @@ def in_child(what: str, name: str, work: Callable[[], None]) -> None:
           flush=True)  # fmt: skip
 
 
-def run(what: str, part: str, minutes: float, folder: Path) -> None:
+def run(what: str, target: Target, part: str, minutes: float, folder: Path) -> None:
     """Export or measure what is missing."""
     import onnxruntime  # noqa: F401  # once, not in every child
     import openvino  # noqa: F401
@@ -183,20 +192,21 @@ def run(what: str, part: str, minutes: float, folder: Path) -> None:
     KEPT.mkdir(parents=True, exist_ok=True)
     index, parts = map(int, part.split("/"))
     began = time.monotonic()
-    done = {name: (files_of(name, folder) / "done").exists() for name in test_names()}
+    names = test_names(target.name)
+    exported = {name for name in names if done(name, target, folder).exists()}
     if what == "export":
-        missing = [[name] for name in test_names()[index::parts] if not done[name]]
+        missing = [[name] for name in names[index::parts] if name not in exported]
     else:
-        exported = [name for name in test_names() if done[name] and not kept(name).exists()]
-        missing = [exported[i : i + TOGETHER] for i in range(0, len(exported), TOGETHER)]
-    for names in missing:
+        untimed = [n for n in names if n in exported and f"{target.name} fp32" not in read(n)]
+        missing = [untimed[i : i + TOGETHER] for i in range(0, len(untimed), TOGETHER)]
+    for group in missing:
         if time.monotonic() - began > 60 * minutes:
             break
         work = (
-            partial(export_one, names[0], files_of(names[0], folder)) if what == "export"
-            else partial(measure, names, folder)
+            partial(export_one, group[0], target, folder) if what == "export"
+            else partial(measure, group, target, folder)
         )  # fmt: skip
-        in_child(what, ", ".join(names), work)
+        in_child(f"{what} {target.name}", ", ".join(group), work)
 
 
 # ---- the tables ----------------------------------------------------------------------------------
@@ -274,10 +284,10 @@ def kind_of(name: str) -> str:
     return "named" if "/" in name else name.partition("-")[0]
 
 
-def evaluate(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def evaluate() -> list[dict[str, Any]]:
     """Estimate ÷ measured of each network, target, precision and method."""
     found = []
-    for target in map(Target.load, TARGETS):
+    for target in map(Target.load, SEEDS):
         model = LatencyModel.load(target)
         rows = read_profile(target)
         quietest = min(row.reference_ms for row in rows if row.reference_ms is not None)
@@ -286,13 +296,13 @@ def evaluate(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         for precision, networks in measured_networks(rows).items():
             baselines = Baselines(networks, traces)
             scheme = target.scheme if precision == "int8" else None
-            for record in records:
-                name = record["network"]
+            for name in test_names(target.name):
+                if (measured := read(name).get(f"{target.name} {precision}")) is None:
+                    continue
                 module, shape = build_meta(name)
                 ops = trace(module, [shape])
                 kernels = kernels_of(ops, target.runtime, scheme)
                 estimate = model.estimate(module, precision, [shape])
-                measured = record["measured"][f"{target.name} {precision}"]
                 slower = measured["reference_ms"] / quietest
                 truth = measured["quiet_ms"] / slower
                 by_method = {"edgekd": estimate.p50_ms, **baselines.estimate(kernels, ops)}
@@ -324,7 +334,7 @@ def figures(ratios: Sequence[float]) -> str:
 
 def throughput(names: Sequence[str]) -> float:
     """Networks a second of CPU time, from their class to milliseconds in one precision."""
-    model = LatencyModel.load(TARGETS[0])
+    model = LatencyModel.load(next(iter(SEEDS)))
     began = time.process_time()
     for name in names:
         module, shape = build_meta(name)
@@ -334,15 +344,20 @@ def throughput(names: Sequence[str]) -> float:
 
 def write_tables() -> None:
     """docs/latency_model.md."""
-    records = [json.loads(kept(n).read_text()) for n in test_names() if kept(n).exists()]
-    found = evaluate(records)
-    random = [r["network"] for r in records if "/" not in r["network"]]
-    named_count = len(records) - len(random)
+    found = evaluate()
+    counts = {t: len({f["network"] for f in found if f["target"] == t}) for t in SEEDS}
+    random = [f["network"] for f in found if "/" not in f["network"] and f["precision"] == "int8"]
+    hosts = {json.loads(kept(f["network"]).read_text())["host"] for f in found}
     lines = [
         "# The latency model", "", "Made by `tools/bench_latency_model.py`.", "",
-        f"{len(random)} of 60 random networks (seed {TEST_SEED}, unused in development) and "
-        f"{named_count} of {len(NAMED)} named ones, on {records[0]['host']}, one thread, batch 1, "
-        f"{records[0]['date']}, fitted to the 20 networks of the shipped profiles.",
+        "Networks: "
+        + "; ".join(
+            f"for {target} {counts[target]} of 80, 60 of them random (seed {seed}, unused in "
+            f"development) and 20 named"
+            for target, seed in SEEDS.items()
+        )
+        + f". On {', '.join(sorted(hosts))}, one thread, batch 1, fitted to the 20 networks of the "
+        "shipped profiles.",
         "",
         "A figure is the mean error and the share within ±10 %. What is estimated is what `edgekd "
         "profile` calls quiet: the tenth percentile of the process' CPU time, corrected by a "
@@ -351,7 +366,7 @@ def write_tables() -> None:
         "| target | precision | networks | n | " + " | ".join(METHODS) + " | in its 90 % |",
         "|---|---|---|---|" + "---|" * (len(METHODS) + 1),
     ]  # fmt: skip
-    for target in TARGETS:
+    for target in SEEDS:
         for precision in ("fp32", "int8"):
             same = [f for f in found if (f["target"], f["precision"]) == (target, precision)]
             for group in (*KINDS, "named", "all"):
@@ -389,12 +404,13 @@ def main() -> None:
     parser.add_argument("--export", action="store_true")
     parser.add_argument("--measure", action="store_true")
     parser.add_argument("--part", default="0/1", help="of the networks, for exports at once")
+    parser.add_argument("--targets", nargs="*", default=list(SEEDS))
     parser.add_argument("--minutes", type=float, default=60, help="start no other after this")
     parser.add_argument("--files", type=Path, default=ROOT / "runs" / "latency_model")
     options = parser.parse_args()
     for what in ("export", "measure"):
-        if getattr(options, what):
-            run(what, options.part, options.minutes, options.files)
+        for target in map(Target.load, options.targets if getattr(options, what) else ()):
+            run(what, target, options.part, options.minutes, options.files)
     if not (options.export or options.measure):
         write_tables()
 

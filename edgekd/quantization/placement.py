@@ -148,6 +148,7 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no type
         self._specs: dict[Node, QuantizationSpec] = {}
         self._kinds: dict[Node, Kind | None] = {}
         self._varying: set[Node] = set()  # what depends on an input of the network
+        self._repeated: set[Node] = set()  # of these, what depends on nothing but its shape
 
     def annotate(self, model: GraphModule) -> GraphModule:
         """Mark every operator of the table with the quantizers it wants.
@@ -159,8 +160,11 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no type
         for name in sorted(self.float_layers - layers):
             raise ModelError(f"float_layers: no layer {name!r}{nearest(name, layers)}")
         for node in model.graph.nodes:
-            if node.op == "placeholder" or self._varying.intersection(node.all_input_nodes):
+            sources = self._varying.intersection(node.all_input_nodes)
+            if node.op == "placeholder" or sources:
                 self._varying.add(node)
+            if sources and (sources <= self._repeated or not _is_tensor(node)):
+                self._repeated.add(node)
         for node in model.graph.nodes:
             kind = self._kind(node)
             node.meta["integer_kind"] = kind
@@ -193,8 +197,9 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no type
             return None
         args = arguments(node)
         if node.target in WEIGHTED:
-            # on constants, as a positional encoding is, the exporter computes it beforehand
-            runs = args[1].op == "get_attr" and args[0] in self._varying
+            # on constants, as a positional encoding is, the exporter computes it beforehand, and on
+            # those repeated for each image a runtime does
+            runs = args[1].op == "get_attr" and args[0] in self._varying - self._repeated
             return kind if runs and not (kind == "conv" and self._too_few(args[0])) else None
         terms = args[0] if kind == "concat" else args[: 1 if kind in UNARY else 2]
         if not all(isinstance(t, Node) and t in self._varying for t in terms):
@@ -372,6 +377,10 @@ def _turns_back(node: Node) -> bool:
     return all(
         user in region or _permutes(user, TO_FIRST) for each in region for user in each.users
     )
+
+
+def _is_tensor(node: Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)
 
 
 def _permutes(node: Node, axes: tuple[int, ...]) -> bool:

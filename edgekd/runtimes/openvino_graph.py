@@ -35,7 +35,7 @@ def of_one_sample(model: Any) -> None:
     """Fix an open batch to 1.
 
     With it open, the compiler runs a pass of its own for each operator between the layers, and
-    leaves the transpositions around a norm (`tools/bench_batch.py`).
+    leaves the transpositions around a norm (`tools/bench_openvino.py`).
     """
     shapes = {port: port.partial_shape for port in model.inputs}
     for shape in shapes.values():
@@ -264,11 +264,15 @@ def bound_branches(model: Any) -> None:
             clip = opset.fake_quantize(add.input_value(branch), *sides, levels=256, name=name)
             add.input(branch).replace_source_output(clip.output(0))
             break
-    if _clips(model):
-        compiled = import_openvino().Core().compile_model(model, "CPU")
+    if clips := _clips(model):
+        compiled = (
+            import_openvino()
+            .Core()
+            .compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        )
         infos = [op.get_rt_info() for op in compiled.get_runtime_model().get_ops()]
         together = [set(info["originalLayersNames"].astype(str).split(",")) for info in infos]
-        for name, clip in _clips(model).items():
+        for name, clip in clips.items():
             if not any({name, name.removesuffix(CLIP)} <= names for names in together):
                 _take_out(clip)
 
@@ -276,11 +280,9 @@ def bound_branches(model: Any) -> None:
 def _ends(node: Any) -> tuple[float, float] | None:
     """Between which a quantizer keeps `node`'s numbers; None if none does."""
     if node.get_type_name() in ("Concat", "MaxPool"):
-        terms = node.input_values() if node.get_type_name() == "Concat" else [node.input_value(0)]
-        ends = [_ends(term.get_node()) for term in terms]
-        known = [each for each in ends if each]
-        lows, highs = zip(*known, strict=True) if len(known) == len(ends) else ((), ())
-        return (min(lows), max(highs)) if lows else None
+        spans = [span for value in node.input_values() if (span := _ends(value.get_node()))]
+        known = len(spans) == node.get_input_size()
+        return (min(a for a, _ in spans), max(b for _, b in spans)) if known else None
     quantizer = _quantizer(node)
     return None if quantizer is None else (quantizer[1][2], quantizer[1][3])
 

@@ -451,6 +451,33 @@ def test_of_an_add_behind_a_relu_the_skip_alone(
     assert len(quantized_activations(graph)) == len(expected) + 1  # and the network's output
 
 
+def mixed(m: Layers, x: Tensor, read: bool = False) -> Tensor:
+    """ConvNeXt's block, with a linear layer between permutations."""
+    y = m.linear(m.a(x).permute(0, 2, 3, 1))
+    z = m.b(x) + y.permute(0, 3, 1, 2)
+    return z * y.sum() if read else z
+
+
+def test_a_linear_layer_that_runs_as_a_convolution_takes_the_sum_along(scheme: QuantScheme):
+    skip = scheme.model_copy(update={"add_inputs": "skip"})
+    turned = skip.model_copy(update={"linear_as_conv": True})
+
+    def of_linear(function: Function, scheme: QuantScheme) -> list[str]:
+        graph = place(graph_of(lambda m, x: m.b(function(m, m.a(x))), (4, 8, 8)), scheme)
+        names = quantized_activations(graph)
+        return names[names.index("reshape_default") + 1 : names.index("add")]
+
+    def main(m: Layers, x: Tensor) -> Tensor:
+        return m.linear(m.a(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2) + x
+
+    moved = ["linear_default", "linear", "permute_1"]
+    assert of_linear(main, skip) == moved
+    assert of_linear(main, turned) == []
+    # one layer is fused, the first; and none whose map is read with channels last too
+    assert of_linear(mixed, turned) == moved
+    assert of_linear(lambda m, x: mixed(m, x, read=True), turned) == moved
+
+
 def test_a_convolution_over_few_pooled_channels_stays_in_float_on_request(scheme: QuantScheme):
     few = scheme.model_copy(update={"least_pooled_channels": 5})
     for shape, quantized in (((4, 1, 1), []), ((4, 8, 8), ["x", "conv2d"])):
@@ -460,8 +487,13 @@ def test_a_convolution_over_few_pooled_channels_stays_in_float_on_request(scheme
     assert quantized_activations(wide) == ["x", "conv2d"]
 
 
-def test_a_convolution_of_constants_stays_in_float(scheme: QuantScheme):
-    graph = place(graph_of(lambda m, x: m.a(x) * m.b(torch.ones(1, 4, 8, 8)), (4, 8, 8)), scheme)
+@pytest.mark.parametrize("repeated", [False, True])
+def test_a_convolution_of_constants_stays_in_float(repeated: bool, scheme: QuantScheme):
+    def joined(m: Layers, x: Tensor) -> Tensor:
+        ones = torch.ones(1, 4, 8, 8)
+        return m.a(x) * m.b(ones.expand(x.size(0), -1, -1, -1) if repeated else ones)
+
+    graph = place(graph_of(joined, (4, 8, 8)), scheme)
     assert intended_matrix_ops(graph) == 1
     assert quantized_activations(graph)[:2] == ["x", "conv2d"]
     assert left_in_float(graph)["conv2d"] == 1

@@ -1,10 +1,11 @@
-"""What OpenVINO's compiler makes of a file whose batch is open, beside one of batch 1.
+"""What `export` changes in the graphs that OpenVINO converts, and what it is worth.
 
-    python tools/bench_batch.py
+    python tools/bench_openvino.py
 
-The networks of matrix.py in FP32 and INT8, as `export` writes them and with the batch open, one
-image, one thread, in turns. Figures go to docs/bench/batch.json, and the table to docs/export.md
-by hand.
+The networks of matrix.py in FP32 and INT8: as `export` writes them, as OpenVINO converts them with
+a batch of 1 (without `turn_maps` and `bound_branches`), and as `export` writes them but for an open
+batch. One image, one thread, in turns. Figures go to docs/bench/openvino.json, and the table to
+docs/export.md by hand.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import openvino
 import torch
@@ -24,9 +26,11 @@ import edgekd
 from edgekd.files import write_atomically
 from edgekd.latency.calibrate import export_files, runnable
 from edgekd.latency.measuring import host_name, today
+from edgekd.runtimes import openvino as runtime
 from edgekd.stages.profile import profile_together
 
-RESULT = Path(__file__).parents[1] / "docs" / "bench" / "batch.json"
+ARMS = ("as converted", "open batch")
+RESULT = Path(__file__).parents[1] / "docs" / "bench" / "openvino.json"
 
 
 def opened(path: Path) -> Path:
@@ -40,20 +44,29 @@ def opened(path: Path) -> Path:
     return path.with_stem(f"{path.stem}-open")
 
 
+def exported(net: edgekd.Network, target: edgekd.Target, folder: Path) -> dict[str, Path]:
+    """A file for each precision."""
+    return dict(export_files(net, target, runnable(target), folder))
+
+
 def rows_of(name: str, target: edgekd.Target, rounds: int) -> list[dict[str, Any]]:
     """A row for each precision."""
     net, side = network(name), NETWORKS[name][1]
     rows = []
-    with TemporaryDirectory() as folder:
-        for precision, path in export_files(net, target, runnable(target), Path(folder)).items():
-            files = [path, opened(path)]
+    with TemporaryDirectory() as text:
+        folder = Path(text)
+        ours = exported(net, target, folder / "ours")
+        with patch.object(runtime, "turn_maps"), patch.object(runtime, "bound_branches"):
+            converted = exported(net, target, folder / "converted")
+        for precision, path in ours.items():
+            files = [path, converted[precision], opened(path)]
             timed = [profile_together(files, target=target, runs=60) for _ in range(rounds)]
-            each = [fixed.p50_ms / dynamic.p50_ms for fixed, dynamic in timed]
-            rows.append({
-                "network": name, "px": side, "precision": precision, "rounds": rounds,
-                "p50_ms": [median(m.p50_ms for m in of) for of in zip(*timed, strict=True)],
-                "ratio": median(each), "ratio_range": [min(each), max(each)],
-            })  # fmt: skip
+            row = {"network": name, "px": side, "precision": precision, "rounds": rounds}
+            for index, arm in enumerate(ARMS, 1):
+                each = [run[0].p50_ms / run[index].p50_ms for run in timed]
+                row |= {arm: median(each), f"{arm} range": [min(each), max(each)]}
+            p50 = [median(m.p50_ms for m in of) for of in zip(*timed, strict=True)]
+            rows.append(row | {"p50_ms": p50})
             print(rows[-1], flush=True)
     return rows
 
