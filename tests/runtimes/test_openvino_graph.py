@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,57 @@ def test_what_is_trained_is_computed_with_channels_first(
     assert ("FullyConnected" in {node.operator for node in kernels}) != turned
     sums = [k.operator for k in kernels if "node_add" in k.attributes["originalLayersNames"]]
     assert (sums == ["Convolution"] * 2) == turned
+
+
+class Maps(nn.Module):
+    """What `function` makes of a map, with layers over channels that are last."""
+
+    def __init__(self, function: Callable[..., Tensor | tuple[Tensor, ...]]) -> None:
+        super().__init__()
+        self.function, self.stem, self.out = function, nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 6, 1)
+        self.norm, self.linear, self.factor = (
+            nn.LayerNorm(8), nn.Linear(8, 8), nn.Parameter(torch.randn(8))
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        return self.function(self, self.stem(x).permute(LAST))
+
+
+LAST, FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
+ON_MAPS: dict[str, tuple[Callable[..., Tensor | tuple[Tensor, ...]], int]] = {
+    "to the output": (lambda m, x: m.norm(x).permute(FIRST), 0),
+    "two ends": (
+        lambda m, x: (m.out(m.norm(x).permute(FIRST)), m.out(m.linear(m.norm(x)).permute(FIRST))),
+        0,
+    ),
+    "a skip": (lambda m, x: m.out((m.linear(m.norm(x)) + m.norm(x)).permute(FIRST)), 0),
+    "factors": (lambda m, x: m.out((1 - m.factor * m.linear(x).relu()).permute(FIRST)), 0),
+    "rows in windows": (
+        lambda m, x: m.out(m.norm(x.reshape(-1, 4, 3, 8)).reshape(-1, 12, 12, 8).permute(FIRST)), 0
+    ),
+    "other sides": (lambda m, x: m.out(m.linear(x).reshape(-1, 6, 24, 8).permute(FIRST)), 2),
+    "a mean over pixels": (
+        lambda m, x: m.out((m.linear(x) * m.linear(x).mean((1, 2), keepdim=True)).permute(FIRST)), 2
+    ),
+    "read with channels last": (
+        lambda m, x: (m.out(m.linear(x).permute(FIRST)), m.linear(x).softmax(-1)), 2
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ON_MAPS)
+def test_what_cannot_be_turned_stays(name: str, tmp_path: Path):
+    torch.manual_seed(0)
+    function, permutations = ON_MAPS[name]
+    net, x = Network(Maps(function), torch.zeros(1, 3, 24, 24)), torch.randn(2, 3, 24, 24)
+    path = export(net, target="intel-cpu", out=tmp_path).path
+    with torch.no_grad():
+        ours = net(x)
+    theirs = get_runtime("openvino").load(path, threads=1)([x.numpy()])
+    for a, b in zip(theirs, ours if isinstance(ours, tuple) else (ours,), strict=True):
+        np.testing.assert_allclose(a, b.numpy(), atol=1e-5)
+    kinds = [op.get_type_name() for op in openvino.Core().read_model(path).get_ops()]
+    assert kinds.count("Transpose") == permutations
 
 
 def test_a_quantizer_in_front_of_an_add_stays_in_front_of_it(tmp_path: Path):
