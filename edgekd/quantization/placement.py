@@ -163,7 +163,8 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no type
             sources = self._varying.intersection(node.all_input_nodes)
             if node.op == "placeholder" or sources:
                 self._varying.add(node)
-            if sources and (sources <= self._repeated or not _is_tensor(node)):
+            counts = isinstance(node.meta.get("val"), torch.SymInt)
+            if sources and (sources <= self._repeated or counts):
                 self._repeated.add(node)
         for node in model.graph.nodes:
             kind = self._kind(node)
@@ -377,10 +378,6 @@ def _turns_back(node: Node) -> bool:
     return all(
         user in region or _permutes(user, TO_FIRST) for each in region for user in each.users
     )
-
-
-def _is_tensor(node: Node) -> bool:
-    return isinstance(node.meta.get("val"), torch.Tensor)
 
 
 def _permutes(node: Node, axes: tuple[int, ...]) -> bool:
