@@ -44,20 +44,15 @@ def opened(path: Path) -> Path:
     return path.with_stem(f"{path.stem}-open")
 
 
-def exported(net: edgekd.Network, target: edgekd.Target, folder: Path) -> dict[str, Path]:
-    """A file for each precision."""
-    return dict(export_files(net, target, runnable(target), folder))
-
-
 def rows_of(name: str, target: edgekd.Target, rounds: int) -> list[dict[str, Any]]:
     """A row for each precision."""
     net, side = network(name), NETWORKS[name][1]
     rows = []
     with TemporaryDirectory() as text:
         folder = Path(text)
-        ours = exported(net, target, folder / "ours")
+        ours = export_files(net, target, runnable(target), folder / "ours")
         with patch.object(runtime, "turn_maps"), patch.object(runtime, "bound_branches"):
-            converted = exported(net, target, folder / "converted")
+            converted = export_files(net, target, runnable(target), folder / "converted")
         for precision, path in ours.items():
             files = [path, converted[precision], opened(path)]
             timed = [profile_together(files, target=target, runs=60) for _ in range(rounds)]
