@@ -38,7 +38,9 @@ class QuantScheme(_Frozen):
             convolution that it is fused into ("skip"), with a ReLU in between too
             ("skip-activated").
         shared_scales: operators whose inputs and output have one scale, as integer-only runtimes
-            want it; of poolings, those over windows, not those over whole maps.
+            want it; of poolings, those over windows, not those over whole maps; as "concat-alike",
+            concatenations of values that are all at least 0, or none of them: ONNX Runtime drops a
+            ReLU in front of zero point 0 only, and a convolution with one that stays is in float.
         fixed_scales: operators whose output has the one scale that the device's kernel takes:
             of a sigmoid 1 / 256, from 0 on.
         symmetric_matmul: whether a product of two activations wants its factors as int8 with zero
@@ -48,6 +50,8 @@ class QuantScheme(_Frozen):
             below 0. OpenVINO's zeros are else off by a millionth of a step: all that a vector of
             zeros is, and its norm makes a whole vector of it.
         outputs: whether the output of an integer operator is quantized too.
+        linear_gives_float: whether a linear layer gives floats where operators in float read it,
+            as an attention in float does: no quantizer stands between.
         fused_activations: those that the kernel of a convolution or a linear layer takes along, on
             its sums, besides ReLU and ReLU6: no quantizer stands between.
         linear_as_conv: whether the file computes a linear layer over a map with channels last,
@@ -68,11 +72,12 @@ class QuantScheme(_Frozen):
     bias: Literal["int32", "float"]
     fold_weights: bool = True
     add_inputs: Literal["both", "skip", "skip-activated"]
-    shared_scales: tuple[Literal["add", "concat", "pool"], ...] = ()
+    shared_scales: tuple[Literal["add", "concat", "concat-alike", "pool"], ...] = ()
     fixed_scales: tuple[Literal["sigmoid"], ...] = ()
     symmetric_matmul: bool = False
     symmetric_norms: bool = False
     outputs: bool
+    linear_gives_float: bool = False
     fused_activations: tuple[Literal["gelu", "hardswish", "silu"], ...] = ()
     linear_as_conv: bool = False
     least_pooled_channels: int = 1

@@ -244,7 +244,9 @@ class Placement:
         return self._quantized(op, kind)
 
     def _quantized(self, last: Op, kind: str | None) -> bool:
-        leaves = kind == "linear" and all(map(ends, last.users))
+        floats = self.scheme.linear_gives_float and last.kind == "linear"
+        read = map(self.kind, last.users) if floats else (not ends(user) for user in last.users)
+        leaves = kind == "linear" and not any(read)
         return self.scheme.outputs and not leaves and not self.joins(last)
 
     def absorbed(self, op: Op) -> bool:

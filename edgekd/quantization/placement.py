@@ -231,7 +231,7 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no type
             inputs[args[1]] = self._weight(model, node)
         last = fused_activation(node) if kind in FUSING else node
         output = None
-        if kind in self.scheme.shared_scales and node.target is not WHOLE_POOL:
+        if self._shares(node, kind):
             first, *others = inputs
             shared = SharedQuantizationSpec((first, node))
             inputs |= dict.fromkeys(others, shared)
@@ -287,6 +287,12 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no type
         alone = all(len(each.users) == 1 for each in way)
         return alone and KINDS.get(way[-1].target) == kind == self._kind(way[-1])
 
+    def _shares(self, node: Node, kind: Kind) -> bool:
+        """Whether the inputs and the output of `node` have one scale."""
+        if kind == "concat" and "concat-alike" in self.scheme.shared_scales:
+            return len({_nonnegative(term) for term in arguments(node)[0]}) == 1
+        return kind in self.scheme.shared_scales and node.target is not WHOLE_POOL
+
     def _wants_output(self, node: Node, kind: Kind) -> bool:
         if self.scheme.integer_outputs and all(map(_ends, node.users)):
             return True
@@ -305,7 +311,9 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no type
         )
 
     def _leaves(self, node: Node, kind: Kind) -> bool:
-        """A linear layer may give the network's output in float, reshaped or not."""
+        """A linear layer may give floats: the network's output, reshaped or not, or where asked."""
+        if self.scheme.linear_gives_float and KINDS.get(node.target) == "linear":
+            return not any(map(self._kind, node.users))
         return kind == "linear" and all(map(_ends, node.users))
 
     def _activation(self, node: Node) -> QuantizationSpec:
