@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from edgekd.latency.exported import (
+    MOVING,
     NAMES,
     SUMS,
     TO_FIRST,
@@ -53,6 +54,25 @@ class _Chains:
 
     def integer(self, op: Op) -> bool:
         return self.place is not None and self.place.gives_integers(op)
+
+    def lies_in_bytes(self, op: Op) -> bool:
+        """Whether `op` gives bytes, made or moved."""
+        turned = False
+        while op.kind in MOVING and op.kind != "max_pool2d":
+            turned |= _turns(op)
+            op = op.inputs[0]
+        if op.kind == "matmul":  # an attention in float quantizes too
+            return True
+        return self.integer(op) and (turned or not (op.kind == "linear" and self._turned(op)))
+
+    def _turned(self, op: Op) -> bool:
+        """Whether all that read `op` permute it first, see `quantize_behind_turns`."""
+        return bool(op.users) and all(
+            self.place is not None
+            and self.place.kind(user) == "pass"
+            and (_turns(user) or self._turned(user))
+            for user in op.users
+        )
 
     def emit(self, op: Op, kernel: Kernel) -> None:
         self.open[id(op)] = len(self.kernels)
@@ -115,6 +135,20 @@ class _Chains:
         """For its other readers `source` is quantized, by a kernel of its own."""
         if self.maker(source) not in ("Eltwise", EXP):
             self.kernels.append(elementwise("Eltwise", source.shape, source.size))
+
+
+def _turns(op: Op) -> bool:
+    """A permutation that is none of a map's layouts."""
+    axes = op.options.get("axes")
+    return op.kind in ("permute", "transpose") and axes not in (TO_FIRST, TO_LAST)
+
+
+def _quantized_inside(op: Op) -> bool:
+    """Whether those that read `op`, moved or not, quantize it in their own kernels."""
+    return all(
+        user.kind in (*SUMS, "unbind") or (user.kind in MOVING and _quantized_inside(user))
+        for user in op.users
+    )
 
 
 def _other(op: Op, chains: _Chains) -> None:
@@ -272,9 +306,11 @@ def _ov_permute(op: Op, chains: _Chains) -> None:
         if chains.place is not None and op.users[0].kind == "cat":
             chains.tensor(op, "Eltwise", op.size)
         return  # a map becomes tokens by the reorder in front of the view
-    size = 4 if chains.place is None else 1
+    size = 1 if chains.lies_in_bytes(source) else 4
     name = TURN if moves_elements(source.shape, op.shape, size) else "Transpose"
     chains.tensor(op, name, op.size)
+    if chains.lies_in_bytes(op) and not chains.lies_in_bytes(source) and not _quantized_inside(op):
+        chains.tensor(op, "Eltwise", op.size)  # its quantizer
     if axes == TO_FIRST:
         chains.rows.add(id(op))
 
@@ -300,8 +336,7 @@ def _ov_matmul(op: Op, chains: _Chains) -> None:
     if first.kind == "softmax":
         return  # with the product before it
     if len(op.users) == 1 and op.users[0].kind == "softmax":
-        integer = chains.place is not None
-        for _ in range(3 if integer else 1):
+        for _ in range(3 if chains.lies_in_bytes(op.inputs[1]) else 1):
             chains.kernels.append(elementwise("Eltwise", first.shape, first.size))
         batch, rows = math.prod(op.shape[:-2]), op.shape[-2]
         chains.emit(op, Kernel("Subgraph", 2 * first.shape[-1], op.shape[-1], groups=batch,

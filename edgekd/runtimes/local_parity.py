@@ -41,7 +41,8 @@ class LocalPass(BaseModel):
 
     Attributes:
         tensors, of: quantized activations and float outputs compared, and all that there are; a
-            Pad that moved into its convolution leaves none to compare.
+            Pad that moved into its convolution leaves none to compare, nor does a quantizer that
+            moved behind permutations: there it is compared.
         elements: in those tensors.
         exact: share of elements that are equal; of a float output, within half a step.
         max_steps: the largest difference.

@@ -20,6 +20,7 @@ from edgekd.runtimes.openvino_graph import (
     bound_branches,
     import_openvino,
     of_one_sample,
+    quantize_behind_turns,
     quantize_terms,
     show,
     turn_maps,
@@ -57,6 +58,7 @@ def write_ir(exported: ir.Model, target: Target, path: Path, *, half: bool) -> d
         if target.device == "CPU":
             if target.scheme is None or target.scheme.linear_as_conv:
                 turn_maps(model)
+            quantize_behind_turns(model)
             bound_branches(model)
         if KEY in exported.metadata_props:
             model.set_rt_info(exported.metadata_props[KEY], KEY)

@@ -13,6 +13,10 @@ from edgekd.errors import MissingPackageError
 CLIP = ".clip"
 TURNED = ".channels_first"  # behind the name of a tensor that `turn_maps` left in another order
 TO_LAST, TO_FIRST = [0, 2, 3, 1], [0, 3, 1, 2]
+MOVES = {
+    "Gather", "Reshape", "Slice", "Split", "Squeeze", "StridedSlice", "Transpose", "Unsqueeze",
+    "VariadicSplit",
+}  # fmt: skip
 DEQUANTIZING = {"Convert", "Multiply", "Reshape", "Subtract"}
 UNARY = {"Clamp", "Gelu", "HSigmoid", "HSwish", "Relu", "Sigmoid", "Swish", "Tanh"}
 BINARY = {"Add", "Divide", "Multiply", "Subtract"}
@@ -235,6 +239,46 @@ def _instead(node: Any, made: Any) -> Any:
 TURN: dict[str, Callable[[Any], Any]] = {
     "Reshape": _turn_reshape, "MVN": _turn_norm, "MatMul": _turn_linear,
 }  # fmt: skip
+
+
+def quantize_behind_turns(model: Any) -> None:
+    """Quantize what a linear layer gives behind the permutations that follow.
+
+    One scale stands on both sides, so the numbers are the same. The plugin permutes floats in less
+    time than bytes, a half in Swin's windows. Behind an attention it would take less time too, but
+    there its kernel would round other probabilities than those that it shows.
+    """
+    for node in model.get_ordered_ops():
+        wanted = _quantizer(node)
+        if wanted and _of_linear(node.input_value(0)) and _again_behind_turn(node, wanted):
+            _take_out(node)
+
+
+def _of_linear(value: Any) -> bool:
+    """Whether it is what a linear layer gives, with its bias, moved or quantized or not."""
+    node = value.get_node()
+    while node.get_type_name() in MOVES or _quantizer(node):
+        node = node.input_value(0).get_node()
+    if node.get_type_name() == "Add":
+        node = node.input_value(0).get_node()
+    return node.get_type_name() == "MatMul" and any(map(_is_fixed, node.input_values()))
+
+
+def _again_behind_turn(node: Any, wanted: tuple[int, list[float]], turned: bool = False) -> bool:
+    """Whether all that read `node` quantize it as `wanted` behind a permutation.
+
+    Those between channels first and channels last do not count: a map lies in memory as it did.
+    """
+
+    def again(reader: Any) -> bool:
+        if _quantizer(reader) == wanted:
+            return turned or _again_behind_turn(reader, wanted)
+        turns = _order(reader) not in (None, TO_LAST, TO_FIRST)
+        moves = reader.get_type_name() in MOVES
+        return moves and _again_behind_turn(reader, wanted, turned or turns)
+
+    readers = _readers(node)
+    return bool(readers) and all(map(again, readers))
 
 
 def bound_branches(model: Any) -> None:

@@ -120,11 +120,9 @@ def networks() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
     }
 
 
-# by the weights, one tensor more or less is dequantized apart; ONNX Runtime quantizes the sum
-# behind a norm once more, and moves a small transposition behind a pooling; OpenVINO makes floats
-# of a skip where its sum is quantized in front of an activation
+# ONNX Runtime quantizes the sum behind a norm once more, and moves a small transposition behind a
+# pooling; OpenVINO makes floats of a skip where its sum is quantized in front of an activation
 KNOWN = {
-    ("attention", "intel-cpu"): {"Eltwise"},
     ("norms of pixels", "host-onnxruntime"): {"QuantizeLinear", "DequantizeLinear"},
     ("silu, pooled", "host-onnxruntime"): {"Transpose"},
     ("silu, pooled", "intel-cpu"): {"Reorder"},

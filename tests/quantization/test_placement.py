@@ -103,6 +103,13 @@ CASES = {
         lambda m, x: m.head(F.relu(m.linear(x))), ["x", "relu"],
         ["linear_weight", "head_weight"], shape=(4,),
     ),
+    "linear relu in front of an operator in float": Case(
+        lambda m, x: torch.tanh(F.relu(m.linear(x))), ["x", "relu"], ["linear_weight"], shape=(4,)
+    ),
+    "linear read by both": Case(
+        lambda m, x: (y := m.linear(x)) + torch.tanh(m.linear(y)), ["x", "linear", "tanh", "add"],
+        shape=(4,), weights=["linear_weight"],
+    ),
     "linear relu at the end gives floats": Case(
         lambda m, x: F.relu(m.linear(x)), ["x"], ["linear_weight"], shape=(4,)
     ),
@@ -137,12 +144,21 @@ CASES = {
         lambda m, x: m.b(m.a(x) + 1.5), ["x", "conv2d", "add", "conv2d_1"], AB
     ),
     "add of a parameter stays float": Case(
-        lambda m, x: m.linear(x) + m.linear.bias, ["x", "linear"], ["linear_weight"], shape=(4,)
+        lambda m, x: m.a(x) + m.a.bias.view(4, 1, 1), ["x", "conv2d"]
     ),
     # concat and pools: inputs and output
     "concat": Case(
         lambda m, x: m.wide(torch.cat([m.a(x), x], 1)),
-        ["x", "conv2d", "cat", "conv2d_1"], ["a_weight", "wide_weight"],
+        ["x", "conv2d", "cat", "conv2d_1"], ["a_weight", "wide_weight"], [["x", "conv2d", "cat"]],
+    ),
+    "concat of ReLUs": Case(
+        lambda m, x: m.wide(torch.cat([F.relu(m.a(x)), F.max_pool2d(F.relu(m.b(x)), 1)], 1)),
+        ["x", "relu", "relu_1", "max_pool2d", "cat", "conv2d_2"], [*AB, "wide_weight"],
+        [["relu", "relu_1", "max_pool2d", "cat"]],
+    ),
+    "concat of a ReLU and another": Case(
+        lambda m, x: m.wide(torch.cat([F.relu(m.a(x)), m.b(x)], 1)),
+        ["x", "relu", "conv2d_1", "cat", "conv2d_2"], [*AB, "wide_weight"],
     ),
     "average pool": Case(
         lambda m, x: F.avg_pool2d(m.a(x), 2), ["x", "conv2d", "avg_pool2d"]
@@ -220,7 +236,7 @@ CASES = {
         lambda m, x: m.wide(torch.cat([m.a(x).chunk(2, 1)[1], m.b(x), x[:, :2]], 1)),
         ["x", "conv2d", "getitem_1", "conv2d_1", "slice_2", "cat", "conv2d_2"],
         ["a_weight", "b_weight", "wide_weight"],
-        [["x", "slice_2"], ["conv2d", "getitem_1"]],
+        [["x", "conv2d", "getitem_1", "conv2d_1", "slice_2", "cat"]],
     ),
     "permute, select, unsqueeze, squeeze": Case(
         lambda m, x: m.b(m.a(x).permute(0, 1, 3, 2).unsqueeze(1).squeeze(1).unsqueeze(0)[0]),
@@ -271,9 +287,9 @@ CASES = {
         [["x", "reshape_default"]],
         shape=(8, 4),
     ),
-    "an activation stays beside the linear layer over tokens": Case(
+    "linear gives floats to an operator in float": Case(
         lambda m, x: m.head(torch.nn.functional.gelu(m.linear(x))),
-        ["x", "reshape_default", "linear_default", "gelu_default"],
+        ["x", "reshape_default", "gelu_default"],
         ["linear_weight", "head_weight"],
         [["x", "reshape_default"]],
         shape=(8, 4),
@@ -634,9 +650,10 @@ def test_what_a_norm_reads_is_symmetric_on_request(
 ):
     assert scheme.outputs and not scheme.symmetric_norms
     for asked in (True, False):
-        changed = scheme.model_copy(update={"symmetric_norms": asked})
+        changed = scheme.model_copy(update={"symmetric_norms": asked, "shared_scales": ()})
         found = quantizers(place(graph_of(function, (4, 8, 8)), changed))
         activations = [q for name, q in found.items() if name not in ("x", "a_weight")]
+        assert activations
         assert {q.symmetric for q in activations} == {asked and symmetric}
 
 

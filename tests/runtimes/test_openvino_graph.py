@@ -152,3 +152,55 @@ def test_a_quantizer_in_front_of_an_add_stays_in_front_of_it(tmp_path: Path):
     turn_maps(model)
     assert Counter(op.get_type_name() for op in model.get_ops()) == before
     assert before["MatMul"] == 2
+
+
+class Attention(nn.Module):
+    """Of 4 × 4 windows over a map: permutations in front of a product and behind one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 16, 3, 2, 1), nn.LayerNorm(16)
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.stem(x).permute(LAST))
+        windows = x.reshape(-1, 3, 4, 3, 4, 16).permute(0, 1, 3, 2, 4, 5).reshape(-1, 16, 16)
+        qkv = self.qkv(windows).reshape(-1, 16, 3, 2, 8).permute(2, 0, 3, 1, 4)
+        attention = (qkv[0] @ qkv[1].transpose(-2, -1)).softmax(-1) @ qkv[2]
+        y = self.out(attention.transpose(1, 2).reshape(-1, 16, 16))
+        back = y.reshape(-1, 3, 3, 4, 4, 16).permute(0, 1, 3, 2, 4, 5).reshape(-1, 12, 12, 16)
+        return (x + back).mean((1, 2))
+
+
+def transpositions(path: Path) -> list[bool]:
+    """Of each permutation in a file, whether a quantizer is in front of it, moves left out."""
+    quantized = []
+    for node in openvino.Core().read_model(path).get_ordered_ops():
+        if node.get_type_name() == "Transpose":
+            source = node.input_value(0).get_node()
+            while source.get_type_name() in ("Reshape", "Gather"):
+                source = source.input_value(0).get_node()
+            quantized.append(source.get_type_name() == "FakeQuantize")
+    return quantized
+
+
+def test_linear_layers_are_quantized_behind_permutations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    torch.manual_seed(0)
+    target, x = Target.load("intel-cpu-vnni"), torch.randn(16, 3, 24, 24)
+    net = quantize(
+        Network(Attention(), x[:1]), target=target, data=[x], accelerator="cpu"
+    )  # fmt: skip
+    path = export(net, target=target, out=tmp_path / "behind").path
+    # the map's own, the windows, q with k and v, k, what attention gives, the windows back
+    assert transpositions(path) == [True, True, False, True, False, False]
+    session = get_runtime("openvino").load(path, threads=1)
+    ran = local_parity(net, [x], written=None, shipped=session).as_shipped
+    assert ran is not None and ran.first is None and ran.exact >= 0.999
+    assert session.integer_share() == (5, 5)
+    monkeypatch.setattr("edgekd.runtimes.openvino.quantize_behind_turns", lambda model: None)
+    before = export(net, target=target, out=tmp_path / "before").path
+    assert transpositions(before) == [True] * 6
+    theirs = get_runtime("openvino").load(before, threads=1)([x.numpy()])[0]
+    np.testing.assert_allclose(session([x.numpy()])[0], theirs, atol=1e-5 * np.abs(theirs).max())
