@@ -61,9 +61,8 @@ class _Chains:
         while op.kind in MOVING and op.kind != "max_pool2d":
             turned |= _turns(op)
             op = op.inputs[0]
-        if op.kind == "matmul":  # an attention in float quantizes too
-            return True
-        return self.integer(op) and (turned or not (op.kind == "linear" and self._turned(op)))
+        made = op.kind == "matmul" or self.integer(op)  # an attention in float quantizes too
+        return made and (turned or not (op.kind in ("linear", "matmul") and self._turned(op)))
 
     def _turned(self, op: Op) -> bool:
         """Whether all that read `op` permute it first, see `quantize_behind_turns`."""
@@ -297,7 +296,10 @@ def _ov_permute(op: Op, chains: _Chains) -> None:
         chains.rows.add(id(op))
     if all(u.kind == "matmul" for u in op.users) or source.kind == "matmul":
         attends = source.kind == "matmul" and source.inputs[0].kind == "softmax"
-        if not (attends and chains.place is not None):
+        integer = chains.place is not None and chains.place.kind(source) is not None
+        if attends and chains.place is not None and not integer:
+            chains.tensor(op, "Eltwise", op.size)  # its quantizer
+        if not (attends and integer):
             return  # inside the attention
     if axes == TO_FIRST and all(_reads_last(user, op, chains) for user in op.users):
         chains.tensor(op, "Reorder", op.size)

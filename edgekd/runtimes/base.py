@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -173,13 +174,23 @@ class TensorDifference(BaseModel):
         )  # fmt: skip
 
 
-def in_batches(run: Callable[[Arrays], Arrays], inputs: Arrays, fixed: int | None) -> Arrays:
-    """`run` on inputs of (N, ...); `fixed` at a time where the file takes no other count."""
+def in_batches(
+    run: Callable[[Arrays], Arrays],
+    inputs: Arrays,
+    fixed: int | None,
+    axes: Iterable[int] = itertools.repeat(0),
+) -> Arrays:
+    """`run` on inputs of (N, ...); `fixed` at a time where the file takes no other count.
+
+    Args:
+        axes: that the samples are on, of each output.
+    """
     if fixed is None or len(inputs[0]) == fixed:
         return run(inputs)
     starts = range(0, len(inputs[0]), fixed)
     parts = [run([x[i : i + fixed] for x in inputs]) for i in starts]
-    return [np.concatenate(part) for part in zip(*parts, strict=True)]
+    outputs = zip(*parts, strict=True)
+    return [np.concatenate(part, axis) for part, axis in zip(outputs, axes, strict=False)]
 
 
 class Session(Protocol):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from edgekd.runtimes.openvino_graph import (
     of_one_sample,
     quantize_behind_turns,
     quantize_terms,
+    sample_axes,
     show,
     turn_maps,
 )
@@ -156,14 +158,16 @@ class OpenVinoSession:
         """One batch: arrays of (N, ...)."""
         return self._run(self._compiled, inputs)
 
-    def _run(self, compiled: Any, inputs: Arrays) -> Arrays:
+    def _run(
+        self, compiled: Any, inputs: Arrays, axes: Iterable[int] = itertools.repeat(0)
+    ) -> Arrays:
         def run(arrays: Arrays) -> Arrays:
             results = compiled(arrays, share_inputs=True)
             return [np.array(results[o]) for o in compiled.outputs]
 
         given = dict(zip(self._inputs, inputs, strict=True))
         names = [self._name(o) for o in compiled.outputs]
-        return self.integers.run(lambda x: in_batches(run, x, self._fixed), given, names)
+        return self.integers.run(lambda x: in_batches(run, x, self._fixed, axes), given, names)
 
     def _name(self, port: Any) -> str:
         """Of its names the one that tells its integers, if any does."""
@@ -194,6 +198,7 @@ class OpenVinoSession:
         model = self._model.clone()
         show(model, names)
         compiled = self._compile(model)
-        results = zip(compiled.outputs, self._run(compiled, inputs), strict=True)
+        axes = sample_axes(model) if self._fixed == 1 < len(inputs[0]) else itertools.repeat(0)
+        results = zip(compiled.outputs, self._run(compiled, inputs, axes), strict=True)
         values = {name: value for port, value in results for name in port.names}
         return {name: values[name] for name in names if name in values}
