@@ -263,8 +263,8 @@ TURN: dict[str, Callable[[Any], Any]] = {
 def quantize_behind_turns(model: Any) -> None:
     """Quantize what a linear layer or an attention gives behind the permutations that follow.
 
-    One scale stands on both sides, so the numbers are the same. The plugin permutes floats in less
-    time than bytes: in half the time in Swin's windows.
+    One scale stands on both sides, so the numbers are the same, and the plugin permutes floats in
+    less time than bytes.
     """
     for node in model.get_ordered_ops():
         wanted = _quantizer(node)
