@@ -684,7 +684,8 @@ def test_an_activation_that_a_kernel_takes_along_works_on_its_sums(
     assert scheme is not None and set(scheme.fused_activations) == {"gelu", "hardswish", "silu"}
     graph = place(graph_of(function, shape), scheme)
     assert sums not in quantized_activations(graph) and left_in_float(graph) == {}
-    graph = place(graph_of(function, shape), scheme.model_copy(update={"fused_activations": ()}))
+    apart = {"fused_activations": (), "linear_gives_float": False}
+    graph = place(graph_of(function, shape), scheme.model_copy(update=apart))
     assert sums in quantized_activations(graph) and left_in_float(graph).total() == 1
 
 
