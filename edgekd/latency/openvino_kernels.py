@@ -296,11 +296,11 @@ def _ov_permute(op: Op, chains: _Chains) -> None:
         chains.rows.add(id(op))
     if all(u.kind == "matmul" for u in op.users) or source.kind == "matmul":
         attends = source.kind == "matmul" and source.inputs[0].kind == "softmax"
-        integer = chains.place is not None and chains.place.kind(source) is not None
-        if attends and chains.place is not None and not integer:
-            chains.tensor(op, "Eltwise", op.size)  # its quantizer
-        if not (attends and integer):
+        if chains.place is None or not attends:
             return  # inside the attention
+        if chains.place.kind(source) is None:
+            chains.tensor(op, "Eltwise", op.size)  # its quantizer; the rest is inside
+            return
     if axes == TO_FIRST and all(_reads_last(user, op, chains) for user in op.users):
         chains.tensor(op, "Reorder", op.size)
         return
