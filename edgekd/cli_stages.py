@@ -340,10 +340,7 @@ def verify(
     table.add_column("figure")
     table.add_column("value", justify="right")
     shown = parity.model_dump(exclude={"target", "precision", "gate", "local"})
-    for how, found in parity.local.passes.items() if parity.local else ():
-        shown[f"operator by operator, {how}"] = found.summary
-    if parity.local and parity.local.skipped:
-        shown["operator by operator"] = parity.local.skipped
+    shown |= parity.local.summaries if parity.local else {}
     for name, value in shown.items():
         if value not in (None, (), []):
             table.add_row(name, f"{value:.6g}" if isinstance(value, float) else str(value))

@@ -10,6 +10,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -266,9 +267,20 @@ def predict(
     with torch.no_grad():
         for batch in evaluation_batches(data):
             inputs, targets = net.io.divide(batch)
-            outputs = _to_cpu(net(*(x.to(on.device) for x in inputs)))
+            with _whole_products(net):
+                outputs = _to_cpu(net(*(x.to(on.device) for x in inputs)))
             yield (outputs if task is None else task.answers(outputs)), targets
     move(net.module, "cpu")
+
+
+def _whole_products(net: Network) -> AbstractContextManager[None]:
+    """A GPU's convolutions of integers without TF32, whose 10 bits round their scale away."""
+    if net.scheme is None or not torch.cuda.is_available():
+        return nullcontext()
+    cudnn = torch.backends.cudnn
+    kept = {"benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic}
+    exact: AbstractContextManager[None] = cudnn.flags(enabled=True, allow_tf32=False, **kept)
+    return exact
 
 
 def evaluate(net: Network, *, task: Task, data: BatchSource, on: Fabric) -> Score:

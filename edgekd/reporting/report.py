@@ -285,14 +285,8 @@ class Report(_Row):
         for row in self.artifacts:
             if (check := row.compiled) is not None and check.error is None:
                 console.print(f"{row.target} {row.precision}: {escape(check.summary)}")
-            for how, found in row.local.passes.items() if row.local else ():
-                console.print(
-                    f"{row.target} {row.precision}, operator by operator {how}: {found.summary}"
-                )
-            if row.local and row.local.skipped:
-                console.print(
-                    f"{row.target} {row.precision}, not operator by operator: {row.local.skipped}"
-                )
+            for what, said in row.local.summaries.items() if row.local else ():
+                console.print(f"{row.target} {row.precision}, {what}: {said}")
             for reason in row.reasons:
                 console.print(f"{row.target} {row.precision} [bold]{row.gate}[/]: {escape(reason)}")
         for budget in self.budgets:

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from edgekd.errors import StateError, TargetError, describe_invalid, nearest
 from edgekd.files import write_atomically
 from edgekd.network import Network
+from edgekd.runtimes.arithmetic import Rounding
 from edgekd.runtimes.integer_ends import IntegerEnds
 from edgekd.target import Precision, Target
 
@@ -225,6 +226,7 @@ class Runtime(Protocol):
         plain: whether it can run a file as written, without its optimizations.
         exact: share of elements that each of its integer operators gives exactly, at least; below
             1 where its arithmetic rounds sums more than once.
+        rounding: of its kernels as it ships, where it is known.
     """
 
     name: str
@@ -232,6 +234,7 @@ class Runtime(Protocol):
     emulator: str
     plain: bool
     exact: float
+    rounding: Rounding | None
 
     def version(self) -> str:
         """Of the installed package; MissingPackageError where there is none."""

@@ -25,6 +25,7 @@ from edgekd import __version__
 from edgekd.errors import MissingPackageError, ModelError, StateError
 from edgekd.files import write_atomically
 from edgekd.network import Network
+from edgekd.runtimes.arithmetic import XNNPACK
 from edgekd.runtimes.base import Arrays
 from edgekd.runtimes.integer_ends import KEY, IntegerEnd, IntegerEnds
 from edgekd.runtimes.onnx_graph import metadata, quiet
@@ -58,6 +59,7 @@ class ExecuTorch:
     emulator = "executorch"
     plain = False
     exact = 1.0
+    rounding = XNNPACK
 
     def version(self) -> str:
         """Of the installed package."""

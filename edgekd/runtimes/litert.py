@@ -32,6 +32,7 @@ from edgekd.files import write_atomically
 from edgekd.network import Network
 from edgekd.quantization.capture import WEIGHTED, arguments
 from edgekd.quantization.layers import quantizer_at
+from edgekd.runtimes.arithmetic import XNNPACK
 from edgekd.runtimes.base import Arrays
 from edgekd.runtimes.integer_ends import IntegerEnd, IntegerEnds
 from edgekd.runtimes.onnx_graph import metadata, quantized_name, quiet
@@ -69,6 +70,7 @@ class LiteRt:
     emulator = "litert"
     plain = True
     exact = 0.99
+    rounding = XNNPACK
 
     def version(self) -> str:
         """Of the installed interpreter."""

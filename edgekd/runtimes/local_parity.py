@@ -4,7 +4,8 @@ End to end, one value that rounds to the other side moves everything behind it. 
 graph is computed tensor by tensor in float64, and each operator reads the integers that the runtime
 computed, not our own: what differs is that operator's doing. Sums of products of two 8-bit integers
 are exact in float64, and biases are whole steps of the products where the device holds them in
-int32 (`round_biases`), so the reference is the integer arithmetic itself.
+int32 (`round_biases`), so the reference is the integer arithmetic itself. Where it is known how
+the runtime's kernels round (`arithmetic.py`), the network is compared as a whole, too.
 
 The runtime's integers are read behind their dequantizers: the zero points of signed and unsigned
 files are gone there, and a wrong scale shows. To show them leaves the fused kernels as they are:
@@ -21,14 +22,14 @@ import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
-from torch.fx.node import map_aggregate, map_arg
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
 
 from edgekd.network import Network
 from edgekd.quantization.capture import arguments
-from edgekd.quantization.fake_quant import FakeQuant, along
 from edgekd.quantization.placement import quantized_activations
-from edgekd.runtimes.base import Session, TensorDifference
+from edgekd.runtimes.arithmetic import IntegerGraph, Rounding
+from edgekd.runtimes.base import Arrays, Session, TensorDifference
 from edgekd.runtimes.onnx_graph import quantized_name
 from edgekd.target import QuantScheme, host_instruction_set
 
@@ -71,14 +72,47 @@ class LocalPass(BaseModel):
         )
 
 
+class WholePass(BaseModel):
+    """The artifact as it ships beside the trained graph in the runtime's own integer arithmetic.
+
+    Attributes:
+        elements: of all outputs.
+        exact: share of them that are equal; of a float output, within half a step.
+        within_one_step: share of them that are off by a step at most.
+        mean_steps, max_steps: difference of the outputs.
+        unknown: operators whose rounding no rule says, in order; one of their values may lie
+            between two integers, and then moves all that follows.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    elements: int
+    exact: float
+    within_one_step: float
+    mean_steps: float
+    max_steps: float
+    unknown: tuple[str, ...]
+
+    @property
+    def summary(self) -> str:
+        """In one sentence."""
+        said = (
+            f"{self.exact:.3%} of {self.elements:,} outputs exact, "
+            f"{self.within_one_step:.3%} within one step"
+        )
+        if self.unknown:
+            said += f"; as real numbers, rounded once: {', '.join(self.unknown)}"
+        return said
+
+
 class LocalParity(BaseModel):
-    """Each operator of an INT8 artifact by itself, on the first `n` samples.
+    """Each operator of an INT8 artifact by itself, and all together, on the first `n` samples.
 
     Attributes:
         as_written: the file without optimizations: quantize, dequantize and float operators; None
             where the runtime always optimizes.
         as_shipped: with the fused integer kernels of this host; None where they are not the
             device's.
+        as_a_whole: as it ships, where the runtime's rounding is known.
         skipped: why it ran in no way, where the runtime shows no inner tensors.
     """
 
@@ -86,6 +120,7 @@ class LocalParity(BaseModel):
     n: int
     as_written: LocalPass | None
     as_shipped: LocalPass | None
+    as_a_whole: WholePass | None = None
     skipped: str = ""
 
     @property
@@ -94,9 +129,24 @@ class LocalParity(BaseModel):
         named = {"as written": self.as_written, "as shipped": self.as_shipped}
         return {name: ran for name, ran in named.items() if ran is not None}
 
+    @property
+    def summaries(self) -> dict[str, str]:
+        """What was found, in one sentence each."""
+        said = {f"operator by operator, {how}": ran.summary for how, ran in self.passes.items()}
+        if self.skipped:
+            said["operator by operator"] = self.skipped
+        if self.as_a_whole is not None:
+            said["as a whole, in the runtime's integers"] = self.as_a_whole.summary
+        return said
+
 
 def local_parity(
-    net: Network, inputs: Sequence[Tensor], *, written: Session | None, shipped: Session | None
+    net: Network,
+    inputs: Sequence[Tensor],
+    *,
+    written: Session | None,
+    shipped: Session | None,
+    rounding: Rounding | None = None,
 ) -> LocalParity:
     """Run an artifact and compare each quantized operator with the trained graph's.
 
@@ -105,11 +155,13 @@ def local_parity(
         inputs: (N, ...) each.
         written: the artifact without optimizations, or None where the runtime has no such mode.
         shipped: as the device runs it, or None where this host has not its kernels.
+        rounding: of the kernels that run it as shipped, where it is known.
     """
-    assert isinstance(net.module, GraphModule) and net.scheme is not None
+    graph, scheme = net.module, net.scheme
+    assert isinstance(graph, GraphModule) and scheme is not None
     outputs = list(net.io.outputs)
     arrays = [x.numpy() for x in inputs]
-    names = {a: quantized_name(a) for a in quantized_activations(net.module)}
+    names = {a: quantized_name(a) for a in quantized_activations(graph)}
     names |= _quantized_outputs(net)
 
     def run(session: Session | None, *, fused: bool) -> LocalPass | None:
@@ -119,7 +171,11 @@ def local_parity(
         if not shown:
             return None
         theirs = {tensor: shown[name] for tensor, name in names.items() if name in shown}
-        ran = _compare(net, inputs, theirs, [shown[name] for name in outputs], fused=fused)
+        rounds = rounding if fused else None
+        reference = _Reference(graph, theirs, rounds)
+        ran = _compare(reference, inputs, [shown[name] for name in outputs])
+        causes = tuple(_causes(ran.max_steps, scheme, rounds)) if fused else ()
+        ran = ran.model_copy(update={"causes": causes})
         plain = session(arrays)
         if all(np.array_equal(a, shown[b]) for a, b in zip(plain, outputs, strict=True)):
             return ran
@@ -129,9 +185,13 @@ def local_parity(
     as_written, as_shipped = run(written, fused=False), run(shipped, fused=True)
     none = as_written is None and as_shipped is None
     skipped = "the runtime shows no inner tensors; outputs alone are compared" if none else ""
+    whole = None
+    if shipped is not None and rounding is not None:
+        whole = _as_a_whole(IntegerGraph(graph, rounding), inputs, shipped(arrays))
     return LocalParity(
-        n=len(inputs[0]), as_written=as_written, as_shipped=as_shipped, skipped=skipped
-    )
+        n=len(inputs[0]), as_written=as_written, as_shipped=as_shipped, as_a_whole=whole,
+        skipped=skipped,
+    )  # fmt: skip
 
 
 def _quantized_outputs(net: Network) -> dict[str, str]:
@@ -146,36 +206,62 @@ def _quantized_outputs(net: Network) -> dict[str, str]:
     }
 
 
-def _causes(max_steps: float, scheme: QuantScheme, *, fused: bool) -> Iterator[str]:
-    """What is known to make a sound artifact differ."""
-    if max_steps == 1 and fused:
+def _causes(max_steps: float, scheme: QuantScheme, rounding: Rounding | None) -> Iterator[str]:
+    """What is known to make fused kernels of a sound artifact differ."""
+    if max_steps == 1 and rounding is None:
         yield (
             "differences of 1 step: fused kernels scale the integer sum by one float32 factor, "
             "and what lies between two integers may round to either"
         )
     instructions = host_instruction_set()
-    if max_steps > 1 and fused and scheme.weight_bits == 8 and instructions in SATURATING:
+    if max_steps > 1 and scheme.weight_bits == 8 and instructions in SATURATING:
         yield (
             f"8-bit weights saturate in vpmaddubsw, which this CPU ({instructions}, no VNNI) "
             "multiplies by: quantize with weight_bits = 7"
         )
 
 
-def _compare(
-    net: Network,
-    inputs: Sequence[Tensor],
-    theirs: Mapping[str, NDArray[np.float32]],
-    outputs: list[NDArray[np.float32]],
-    *,
-    fused: bool,
-) -> LocalPass:
-    """The reference on `inputs` beside the runtime's activations, by name, and its outputs."""
-    assert isinstance(net.module, GraphModule) and net.scheme is not None
-    reference = _Reference(net.module, theirs)
+def _run(graph: IntegerGraph, inputs: Sequence[Tensor]) -> None:
+    """In float64, without gradients."""
     with torch.no_grad():
-        reference.run(*(x.double() if x.is_floating_point() else x for x in inputs))
-    for end, output in zip(reference.ends, outputs, strict=True):
-        reference.compare_output(end, output)
+        graph.run(*(x.double() if x.is_floating_point() else x for x in inputs))
+
+
+def _as_a_whole(graph: IntegerGraph, inputs: Sequence[Tensor], outputs: Arrays) -> WholePass:
+    """The outputs of `graph` beside the runtime's."""
+    _run(graph, inputs)
+    steps = np.concatenate([
+        (_steps_off(graph, node, own, theirs)).ravel()
+        for (node, own), theirs in zip(graph.ends, outputs, strict=True)
+    ])  # fmt: skip
+    return WholePass(
+        elements=steps.size, exact=float((steps < 0.5).mean()),
+        within_one_step=float((steps < 1.5).mean()), mean_steps=float(steps.mean()),
+        max_steps=float(steps.max()), unknown=tuple(sorted(graph.unknown)),
+    )  # fmt: skip
+
+
+def _steps_off(
+    graph: IntegerGraph, node: Node, own: Tensor, theirs: NDArray[np.float32]
+) -> NDArray[Any]:
+    """How far an output is, in whole steps of its quantizer; of a float one, of amax / 127."""
+    if node.op == "call_module":
+        step = graph.quantizer(node).scale.detach().double()
+    else:
+        step = own.abs().max().clamp(min=1e-30) / 127
+    steps = ((own - torch.from_numpy(theirs).double()).abs() / step).round()
+    return steps.nan_to_num(nan=255.0, posinf=255.0).numpy()  # as in TensorDifference
+
+
+def _compare(
+    reference: _Reference, inputs: Sequence[Tensor], outputs: Sequence[NDArray[np.float32]]
+) -> LocalPass:
+    """The reference on `inputs` beside the runtime's activations and its outputs."""
+    _run(reference, inputs)
+    for (node, own), theirs in zip(reference.ends, outputs, strict=True):
+        if node.op != "call_module":  # a quantized one was compared as activation
+            steps = _steps_off(reference, node, own, theirs)
+            reference.found.append((node, TensorDifference.of(node.name, steps)))
     found = [difference for _, difference in reference.found]
     elements, max_steps = sum(d.elements for d in found), max(d.max_steps for d in found)
     first = next((pair for pair in reference.found if pair[1].max_steps > 1), None)
@@ -188,84 +274,38 @@ def _compare(
         max_steps=max_steps,
         first=None if first is None else reference.describe(*first),
         worst=tuple(worst[:WORST]),
-        causes=tuple(_causes(max_steps, net.scheme, fused=fused)),
+        causes=(),
     )
 
 
-class _Reference(Interpreter):
-    """The trained graph in float64; what a quantizer gives on is the runtime's value.
+class _Reference(IntegerGraph):
+    """The trained graph in integers; what a quantizer gives on is the runtime's value.
 
     Attributes:
         found: (node whose output is compared, how far the runtime's is from ours), in order.
         absent: how many quantized activations the runtime's graph has not.
-        ends: node and value of each output.
     """
 
-    def __init__(self, graph: GraphModule, theirs: Mapping[str, NDArray[np.float32]]) -> None:
-        super().__init__(graph)
+    def __init__(
+        self, graph: GraphModule, theirs: Mapping[str, NDArray[np.float32]],
+        rounding: Rounding | None,
+    ) -> None:  # fmt: skip
+        super().__init__(graph, rounding)
         self.theirs = theirs
         self.found: list[tuple[Node, TensorDifference]] = []
         self.absent = 0
-        self.ends: list[tuple[Node, Tensor]] = []
-        self._shapes: dict[Node, tuple[int, ...]] = {}
 
-    def run_node(self, n: Node) -> Any:
-        if n.op == "output":
-            map_arg(n.args, lambda end: self.ends.append((end, self.env[end])))
-        value: Any = self._quantized(n) if n.op == "call_module" else super().run_node(n)
-        if isinstance(value, Tensor):
-            self._shapes[n] = tuple(value.shape)
-        return value
-
-    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        value = super().get_attr(target, args, kwargs)
-        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """Casts to float32 that were captured are to float64 here."""
-
-        def widened(value: Any) -> Any:
-            return torch.float64 if value is torch.float32 else value
-
-        return super().call_function(
-            target, map_aggregate(args, widened), map_aggregate(kwargs, widened)
-        )
-
-    def _quantizer(self, node: Any) -> FakeQuant:
-        quantizer = self.module.get_submodule(str(node.target))
-        assert isinstance(quantizer, FakeQuant)
-        return quantizer
-
-    def _quantized(self, node: Node) -> Tensor:
-        """The weight or activation in front of a quantizer, as the runtime has it behind."""
-        quantizer, source = self._quantizer(node), arguments(node)[0]
-        x: Tensor = self.env[source]
-        scale: Tensor = quantizer.scale.double()
-        if source.op == "get_attr":
-            # in float32, as they are converted to integers
-            weight: Tensor = quantizer(x.float()).double()
-            scale = along(scale, weight, quantizer.ch_axis) if scale.dim() else scale
-            return (weight / scale).round() * scale
-        zero = int(quantizer.zero_point)
-        own = (x / scale).round().clamp(quantizer.low - zero, quantizer.high - zero)
+    def given(self, source: Node, own: Tensor, scale: Tensor) -> Tensor:
+        """The runtime's integers; ours where it does not show them."""
         theirs = self.theirs.get(source.name)
         if theirs is None:
             self.absent += 1
-            return own * scale
+            return own
         # rows of several samples may be in one axis here and in two there
-        given = torch.from_numpy(theirs).double().reshape(x.shape)
-        integers = (given / scale).round()  # less the zero point
+        integers = (torch.from_numpy(theirs).double().reshape(own.shape) / scale).round()
         difference = TensorDifference.of(source.name, (own - integers).abs().numpy())
         self.found.append((source, difference))
-        return integers.nan_to_num() * scale
-
-    def compare_output(self, end: tuple[Node, Tensor], theirs: NDArray[np.float32]) -> None:
-        """A float output, in steps of amax / 127; a quantized one was compared as activation."""
-        node, own = end
-        if node.op != "call_module":
-            step = own.abs().max().clamp(min=1e-30) / 127
-            steps = ((own - torch.from_numpy(theirs).double()).abs() / step).round()
-            self.found.append((node, TensorDifference.of(node.name, steps.numpy())))
+        return integers.nan_to_num()
 
     def describe(self, last: Node, difference: TensorDifference) -> str:
         """The operators that computed `last` from quantized tensors, and what they read."""
@@ -280,7 +320,7 @@ class _Reference(Interpreter):
             else:
                 read += [node] if node not in read else []
         kinds = [n.target.__name__.partition(".")[0] for n in reversed(operators)]  # type: ignore[union-attr]
-        inputs = [f"{_tensor_name(n)} {self._shapes[n]}" for n in read if n in self._shapes]
+        inputs = [f"{_tensor_name(n)} {self.shapes[n]}" for n in read if n in self.shapes]
         return (
             f"{last.name} ({', '.join(kinds) or last.op}) is off by "
             f"{difference.max_steps:.3g} steps; it reads {', '.join(inputs) or 'the input'}"

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from edgekd.errors import StateError
 from edgekd.network import Network
+from edgekd.runtimes.arithmetic import MLAS
 from edgekd.runtimes.base import Arrays, in_batches
 from edgekd.runtimes.integer_ends import IntegerEnds
 from edgekd.runtimes.onnx_graph import integer_matrix_ops, keep_floats, save_onnx, to_onnx
@@ -36,6 +37,7 @@ class OnnxRuntime:
     emulator = "onnxruntime"
     plain = True
     exact = 1.0
+    rounding = MLAS
 
     def version(self) -> str:
         """Of the installed package."""

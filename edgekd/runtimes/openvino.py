@@ -79,6 +79,7 @@ class OpenVino:
     emulator = "openvino"
     plain = False
     exact = 1.0
+    rounding = None
 
     def version(self) -> str:
         """Of the installed package."""

@@ -66,6 +66,7 @@ class TensorRt:
     emulator = "onnxruntime"
     plain = False
     exact = 1.0
+    rounding = None
 
     def version(self) -> str:
         """Of what can compile here: nothing is needed to export."""

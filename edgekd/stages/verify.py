@@ -32,6 +32,7 @@ from edgekd.runtimes.tensorrt import compile_check
 from edgekd.target import Precision, Target
 from edgekd.tasks.base import Score, Task, top1_agreement
 
+WITHIN_ONE_STEP = 0.99  # of outputs, where the runtime's rounding is known: they should be equal
 LOCAL_SAMPLES = 8  # local parity shows every tensor; a few samples have millions of elements
 
 Gate = Literal["passed", "failed", "unchecked"]
@@ -183,6 +184,7 @@ def verify(
             [x[:LOCAL_SAMPLES] for x in first],
             written=written,
             shipped=None if plain else session,
+            rounding=runtime.rounding,
         )
         failed += _local_failures(local, local_exact * runtime.exact)
     else:
@@ -240,7 +242,7 @@ def _check_shapes(inputs: tuple[Tensor, ...], io: IO) -> None:
 
 
 def _local_failures(local: LocalParity, least: float) -> list[str]:
-    """Why an artifact fails local parity."""
+    """Why an artifact fails local parity, or parity as a whole in the runtime's integers."""
     failures = []
     for how, found in local.passes.items():
         causes = "".join(f"; {cause}" for cause in found.causes)
@@ -251,6 +253,12 @@ def _local_failures(local: LocalParity, least: float) -> list[str]:
                 f"local parity {how}: {found.exact:.3%} of elements are exact; {least:.3%} is "
                 f"asked for{causes}"
             )
+    whole = local.as_a_whole
+    if whole is not None and not whole.unknown and whole.within_one_step < WITHIN_ONE_STEP:
+        failures.append(
+            f"{whole.within_one_step:.2%} of the outputs are within one step of the trained "
+            f"network in the runtime's own integers; {WITHIN_ONE_STEP:.0%} are asked for"
+        )
     return failures
 
 
