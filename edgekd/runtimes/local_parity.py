@@ -73,7 +73,7 @@ class LocalPass(BaseModel):
 
 
 class WholePass(BaseModel):
-    """The artifact as it ships beside the trained graph in the runtime's own integer arithmetic.
+    """The artifact in integer kernels beside the trained graph in their own arithmetic.
 
     Attributes:
         elements: of all outputs.
@@ -112,7 +112,7 @@ class LocalParity(BaseModel):
             where the runtime always optimizes.
         as_shipped: with the fused integer kernels of this host; None where they are not the
             device's.
-        as_a_whole: as it ships, where the runtime's rounding is known.
+        as_a_whole: in this host's integer kernels, where it is known how they round.
         skipped: why it ran in no way, where the runtime shows no inner tensors.
     """
 
@@ -146,6 +146,7 @@ def local_parity(
     *,
     written: Session | None,
     shipped: Session | None,
+    whole: Session | None = None,
     rounding: Rounding | None = None,
 ) -> LocalParity:
     """Run an artifact and compare each quantized operator with the trained graph's.
@@ -155,7 +156,8 @@ def local_parity(
         inputs: (N, ...) each.
         written: the artifact without optimizations, or None where the runtime has no such mode.
         shipped: as the device runs it, or None where this host has not its kernels.
-        rounding: of the kernels that run it as shipped, where it is known.
+        whole: in this host's integer kernels, to be compared as a whole.
+        rounding: of those kernels, and of those of `shipped`, where it is known.
     """
     graph, scheme = net.module, net.scheme
     assert isinstance(graph, GraphModule) and scheme is not None
@@ -185,11 +187,11 @@ def local_parity(
     as_written, as_shipped = run(written, fused=False), run(shipped, fused=True)
     none = as_written is None and as_shipped is None
     skipped = "the runtime shows no inner tensors; outputs alone are compared" if none else ""
-    whole = None
-    if shipped is not None and rounding is not None:
-        whole = _as_a_whole(IntegerGraph(graph, rounding), inputs, shipped(arrays))
+    as_a_whole = None
+    if whole is not None and rounding is not None:
+        as_a_whole = _as_a_whole(IntegerGraph(graph, rounding), inputs, whole(arrays))
     return LocalParity(
-        n=len(inputs[0]), as_written=as_written, as_shipped=as_shipped, as_a_whole=whole,
+        n=len(inputs[0]), as_written=as_written, as_shipped=as_shipped, as_a_whole=as_a_whole,
         skipped=skipped,
     )  # fmt: skip
 
@@ -213,12 +215,16 @@ def _causes(max_steps: float, scheme: QuantScheme, rounding: Rounding | None) ->
             "differences of 1 step: fused kernels scale the integer sum by one float32 factor, "
             "and what lies between two integers may round to either"
         )
-    instructions = host_instruction_set()
-    if max_steps > 1 and scheme.weight_bits == 8 and instructions in SATURATING:
+    if max_steps > 1 and saturating(scheme):
         yield (
-            f"8-bit weights saturate in vpmaddubsw, which this CPU ({instructions}, no VNNI) "
-            "multiplies by: quantize with weight_bits = 7"
+            f"8-bit weights saturate in vpmaddubsw, which this CPU ({host_instruction_set()}, "
+            "no VNNI) multiplies by: quantize with weight_bits = 7"
         )
+
+
+def saturating(scheme: QuantScheme | None) -> bool:
+    """Whether kernels of x86 for the scheme's weights saturate on this host."""
+    return scheme is not None and scheme.weight_bits == 8 and host_instruction_set() in SATURATING
 
 
 def _run(graph: IntegerGraph, inputs: Sequence[Tensor]) -> None:

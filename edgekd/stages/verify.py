@@ -26,10 +26,10 @@ from edgekd.runtimes.base import (
     verifying_runtime,
 )
 from edgekd.runtimes.half import to_half, written_out
-from edgekd.runtimes.local_parity import LocalParity, local_parity
+from edgekd.runtimes.local_parity import LocalParity, local_parity, saturating
 from edgekd.runtimes.onnxruntime import OrtSession
 from edgekd.runtimes.tensorrt import compile_check
-from edgekd.target import Precision, Target
+from edgekd.target import Precision, QuantScheme, Target
 from edgekd.tasks.base import Score, Task, top1_agreement
 
 WITHIN_ONE_STEP = 0.99  # of outputs, where the runtime's rounding is known: they should be equal
@@ -184,6 +184,7 @@ def verify(
             [x[:LOCAL_SAMPLES] for x in first],
             written=written,
             shipped=None if plain else session,
+            whole=_integer_kernels(artifact, target, session, net.scheme),
             rounding=runtime.rounding,
         )
         failed += _local_failures(local, local_exact * runtime.exact)
@@ -217,6 +218,22 @@ def verifying_session(artifact: Artifact, target: Target) -> Session:
     runtime = verifying_runtime(target)
     plain = target.verifier == "emulated" and runtime.plain
     return runtime.load(artifact.path, threads=torch.get_num_threads(), emulated=plain)
+
+
+def _integer_kernels(
+    artifact: Artifact, target: Target, session: Session, scheme: QuantScheme | None
+) -> Session | None:
+    """The artifact as its runtime's integer kernels run it here, where it is known how they round.
+
+    None too where the runtime is another than the target's, or its kernels saturate on this host.
+    """
+    runtime = verifying_runtime(target)
+    saturates = runtime.name == "onnxruntime" and saturating(scheme)
+    if runtime.rounding is None or runtime.name != target.runtime or saturates:
+        return None
+    if target.verifier == "emulated" and runtime.plain:
+        return runtime.load(artifact.path, threads=torch.get_num_threads())
+    return session
 
 
 def _check_kinds(artifact: Artifact, net: Network) -> None:

@@ -95,6 +95,9 @@ def test_it_passes_verification_and_says_what_cannot_be_seen(
     assert parity.local is not None
     assert parity.local.passes == {}
     assert "no inner tensors" in parity.local.skipped
+    whole = parity.local.as_a_whole
+    assert whole is not None
+    assert (whole.exact, whole.unknown) == (1.0, ())
 
 
 @needs_executorch

@@ -164,6 +164,9 @@ def test_it_passes_verification_operator_by_operator(
     found = parity.local.passes["as written"]
     assert found.max_steps <= 1
     assert found.tensors >= found.of - 1  # a 1 × 1 map and its flattening are one tensor there
+    whole = parity.local.as_a_whole  # by XNNPACK
+    assert whole is not None
+    assert (whole.exact, whole.unknown) == (1.0, ())
 
 
 @needs_converter

@@ -144,7 +144,10 @@ def test_local_parity_alone_fails_the_gate(
     }  # fmt: skip
     parity = verify(broken, quantized, **options)
     assert parity.gate == "failed"
-    assert all(reason.startswith("local parity as ") for reason in parity.reasons)
+    *local, whole = parity.reasons
+    assert local
+    assert all(reason.startswith("local parity as ") for reason in local)
+    assert "in the runtime's own integers" in whole
     asked = verify(int8_artifact, quantized, **options, local_exact=1.1).reasons
     assert len(asked) == 2
     assert "110.000% is asked for" in asked[0]
@@ -348,7 +351,8 @@ def test_another_devices_artifact_is_emulated(
     monkeypatch.setattr(stage, "verifying_runtime", watched)
     phone = int8_artifact.model_copy(update={"target": "android-arm64"})
     parity = verify(phone, quantized, data=batches, task=Classification())
-    assert (parity.gate, parity.verifier, asked) == ("passed", "emulated", [True])
+    # as written for all figures; in this host's kernels, if at all, only to be compared as a whole
+    assert (parity.gate, parity.verifier, asked[0]) == ("passed", "emulated", True)
     assert parity.local is not None
     assert list(parity.local.passes) == ["as written"]
 
