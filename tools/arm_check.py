@@ -48,8 +48,10 @@ from edgekd.network import Network
 from edgekd.pipeline import new_network, task_and_data
 from edgekd.recipe import Recipe
 from edgekd.reporting.progress import Progress, console
+from edgekd.runtimes.arithmetic import MLAS_ARM
 from edgekd.runtimes.base import Arrays, TensorDifference
 from edgekd.runtimes.integer_ends import IntegerEnds
+from edgekd.runtimes.local_parity import local_parity
 from edgekd.runtimes.onnxruntime import OnnxRuntime, integer_kernels
 from edgekd.stages.distill import distill
 from edgekd.stages.export import export
@@ -61,6 +63,7 @@ RESULT = Path(__file__).parents[1] / "docs" / "bench" / "arm.json"
 ROOT = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgekd" / "arm"
 AGREEMENT = 0.995
 CALIBRATION = 100
+BATCH = 25
 # a core like the target's: qemu's name, and its part number of MIDR_EL1 (Arm's reference manuals)
 CORES = {
     "android-arm64": ("neoverse-n1", "0xd0c"),  # the server's Cortex-A76: dot products, half floats
@@ -333,6 +336,24 @@ def compare(net: Network, ours: NDArray[np.float32], theirs: NDArray[np.float32]
     }  # fmt: skip
 
 
+def in_integers(net: Network, images: Tensor, theirs: NDArray[np.float32]) -> dict[str, Any]:
+    """The device's scores beside the trained network's in the device's own integer arithmetic."""
+    parts = np.split(theirs, range(BATCH, len(theirs), BATCH))
+    found = [
+        local_parity(
+            net, [x], written=None, shipped=None, whole=lambda _, y=y: [y], rounding=MLAS_ARM
+        ).as_a_whole
+        for x, y in zip(images.split(BATCH), parts, strict=True)
+    ]
+    whole = [each for each in found if each is not None]
+    elements = sum(each.elements for each in whole)
+    return {
+        "exact_in_integers": sum(each.exact * each.elements for each in whole) / elements,
+        "max_steps_in_integers": max(each.max_steps for each in whole),
+        "rounded_as_real_numbers": sorted({name for each in whole for name in each.unknown}),
+    }
+
+
 def check(root: Path, targets: list[str], net: Network, images: Tensor) -> Iterator[dict[str, Any]]:
     """Export the quantized network to each target and run what was written: a row for each run."""
     net.train_mode(False)
@@ -353,9 +374,12 @@ def check(root: Path, targets: list[str], net: Network, images: Tensor) -> Itera
                 theirs, kernels = run_on_arm(
                     root, target, folder / file, [given[:n]], optimizations
                 )  # fmt: skip
+                beside = compare(net, ours[:n], theirs[0])
+                if optimizations != "off":
+                    beside |= in_integers(net, images[:n], theirs[0])
                 yield {
                     "target": target, "core": CORES[target][0], "file": file,
-                    "optimizations": optimizations, **compare(net, ours[:n], theirs[0]),
+                    "optimizations": optimizations, **beside,
                     "integer_matrix_ops": kernels, "bundle_passes": passes,
                 }  # fmt: skip
 
@@ -370,7 +394,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
     """What the figures say."""
     shown = Table()
     for heading in ("network", "target", "core", "file", "optimizations", "integer", "n",
-                    "agreement", "exact", "mean steps", "max steps"):  # fmt: skip
+                    "agreement", "exact", "in integers", "mean steps", "max steps"):  # fmt: skip
         shown.add_column(heading)
     for row in rows:
         integer = " of ".join(map(str, row.get("integer_matrix_ops") or ()))
@@ -378,7 +402,8 @@ def table(rows: list[dict[str, Any]]) -> Table:
         shown.add_row(
             row["network"], row["target"], row["core"], row["file"], row["optimizations"], integer,
             str(row["n"]), f"{row['agreement']:.2%} ({low:.1%}–{high:.1%})",
-            f"{row['exact']:.2%}", f"{row['mean_steps']:.3f}", f"{row['max_steps']:.2f}",
+            f"{row['exact']:.2%}", f"{row['exact_in_integers']:.3%}" if "exact_in_integers" in row
+            else "", f"{row['mean_steps']:.3f}", f"{row['max_steps']:.2f}",
         )  # fmt: skip
     return shown
 

@@ -10,13 +10,15 @@ down:
 
 The factor is the scale of the sum over that of the output, each operation in float32. So the whole
 network can be compared with a device's answers, bit for bit. Sources: XNNPACK's
-`src/microparams-init.c`; ONNX Runtime's `mlas/lib/intrinsics/avx2/qladd_avx2.cpp`.
+`src/microparams-init.c`; ONNX Runtime's `mlas/lib/intrinsics/avx2/qladd_avx2.cpp` and, for Arm,
+`mlas/lib/qladd.cpp`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -59,17 +61,17 @@ class Terms(NamedTuple):
     zeros: tuple[int, int, int]
 
 
-def in_fixed_point(terms: Terms) -> Tensor:
-    """XNNPACK: (a · A + b · B) / 2ⁿ, half up; the larger of A and B has 21 bits."""
+def in_fixed_point(terms: Terms, *, bits: int, away: bool) -> Tensor:
+    """(a · A + b · B) / 2ⁿ, the larger of A and B of so many bits; half goes up, or away from 0."""
     first, second = (float(factor) for factor in terms.factors)
-    shift = 21 - math.frexp(max(abs(first), abs(second)))[1]
+    shift = bits - math.frexp(max(abs(first), abs(second)))[1]
     left, right = (round(math.ldexp(factor, shift)) for factor in (first, second))
     total = math.ldexp(1, -shift) * (terms.a * left + terms.b * right)
-    return (total + 0.5).floor()
+    return total.sign() * (total.abs() + 0.5).floor() if away else (total + 0.5).floor()
 
 
 def in_fused_products(terms: Terms) -> Tensor:
-    """ONNX Runtime on x86: two fused multiply-adds in float32, zero points taken out beforehand.
+    """Two fused multiply-adds in float32, all zero points taken out beforehand.
 
     As compiled, the first of the zero points' products is fused as well.
     """
@@ -98,8 +100,10 @@ class Rounding(NamedTuple):
     zero_first: bool
 
 
-XNNPACK = Rounding(in_fixed_point, subtracts=True, zero_first=False)
-MLAS = Rounding(in_fused_products, subtracts=False, zero_first=True)
+XNNPACK = Rounding(partial(in_fixed_point, bits=21, away=False), subtracts=True, zero_first=False)
+# ONNX Runtime's kernels, on x86 and on Arm
+MLAS_X86 = Rounding(in_fused_products, subtracts=False, zero_first=True)
+MLAS_ARM = MLAS_X86._replace(add=partial(in_fixed_point, bits=22, away=True))
 
 
 class IntegerGraph(Interpreter):

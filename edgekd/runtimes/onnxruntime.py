@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from edgekd.errors import StateError
 from edgekd.network import Network
-from edgekd.runtimes.arithmetic import MLAS
+from edgekd.runtimes.arithmetic import MLAS_ARM, MLAS_X86
 from edgekd.runtimes.base import Arrays, in_batches
 from edgekd.runtimes.integer_ends import IntegerEnds
 from edgekd.runtimes.onnx_graph import integer_matrix_ops, keep_floats, save_onnx, to_onnx
@@ -38,7 +38,7 @@ class OnnxRuntime:
     emulator = "onnxruntime"
     plain = True
     exact = 1.0
-    rounding = MLAS if machine() in ("x86_64", "AMD64") else None  # Arm's sums are others
+    rounding = MLAS_X86 if machine() in ("x86_64", "AMD64") else MLAS_ARM
 
     def version(self) -> str:
         """Of the installed package."""
