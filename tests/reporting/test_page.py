@@ -37,7 +37,7 @@ from edgekd.reporting.report import (
     TeacherRow,
 )
 from edgekd.runtimes.base import CompileCheck, TensorDifference
-from edgekd.runtimes.local_parity import LocalParity, LocalPass
+from edgekd.runtimes.local_parity import LocalParity, LocalPass, WholePass
 from edgekd.tasks.base import Curves, Mark
 
 HOSTILE = "<script>alert('x')</script> & \"$\\frac$\""
@@ -91,7 +91,9 @@ def report(**changes: object) -> Report:
         "artifacts": (
             artifact(latency_p50_ms=0.5, measurement=measured),
             artifact(target="phone", precision="int8", local=LocalParity(
-                n=8, as_shipped=None, as_written=LocalPass(
+                n=8, as_shipped=None, as_a_whole=WholePass(
+                    elements=80, exact=0.75, within_one_step=1.0, mean_steps=0.25, max_steps=1.0,
+                    unknown=("avg_pool2d",)), as_written=LocalPass(
                     tensors=4, of=5, elements=2000, exact=0.98, max_steps=9, worst=(WORST,),
                     first="relu (conv2d) is off", causes=(HOSTILE,)))),
             artifact(target="device", gate="failed", ships=False, why="", reasons=("too far off",),
@@ -151,6 +153,8 @@ def test_each_operator_by_itself_is_under_parity():
     assert "98.00000% of 2,000 elements exact, largest difference 9 steps, 4 of 5 tensors" in parity
     assert f"; {HOSTILE}" in parity
     assert "conv : 40 of 100 elements differ, 9 steps at most" in parity
+    assert "as a whole, in the runtime's integers, 8 samples: 75.000% of 80 outputs" in parity
+    assert "as real numbers, rounded once: avg_pool2d" in parity
 
 
 def test_the_answer_comes_first():
