@@ -108,9 +108,10 @@ def upper_bound(node: Node) -> float | None:
     return None
 
 
-def activation_name(node: Node) -> str:
+def operator_name(node: Node) -> str:
     """`gelu` of `aten.gelu.default`, as `QuantScheme.fused_activations` names it."""
-    return str(node.target).removeprefix("aten.").partition(".")[0]
+    name = getattr(node.target, "__name__", str(node.target))
+    return str(name).partition(".")[0]
 
 
 def fused_activation(node: Node) -> Node:
@@ -307,7 +308,7 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no type
         return (
             kind in ("conv", "linear")
             and len(users) == 1
-            and activation_name(users[0]) in self.scheme.fused_activations
+            and operator_name(users[0]) in self.scheme.fused_activations
         )
 
     def _leaves(self, node: Node, kind: Kind) -> bool:
@@ -496,7 +497,7 @@ def left_in_float(graph_module: GraphModule) -> Counter[str]:
         if not (
             fused or node.target in MOVING or not isinstance(node.meta.get("val"), torch.Tensor)
         ):
-            count[str(node.target.__name__).partition(".")[0]] += 1
+            count[operator_name(node)] += 1
     return count
 
 

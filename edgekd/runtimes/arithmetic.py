@@ -33,8 +33,8 @@ from edgekd.quantization.layers import quantizer_at
 from edgekd.quantization.placement import (
     MOVING,
     WHOLE_POOL,
-    activation_name,
     fused_activation,
+    operator_name,
     upper_bound,
 )
 
@@ -229,7 +229,7 @@ class IntegerGraph(Interpreter):
             count = math.prod(self.shapes[arguments(made)[0]]) // math.prod(self.shapes[made])
             return self._scaled(x * count / first.double(), first / (scale * count))
         if not self._alike(source, scale):
-            self.unknown.add(activation_name(made))
+            self.unknown.add(operator_name(made))
         return real
 
     def _scaled(self, total: Tensor, factor: Tensor, zero: int = 0) -> Tensor:

@@ -27,7 +27,7 @@ from torch.fx.node import map_arg
 
 from edgekd.network import Network
 from edgekd.quantization.capture import arguments
-from edgekd.quantization.placement import quantized_activations
+from edgekd.quantization.placement import operator_name, quantized_activations
 from edgekd.runtimes.arithmetic import IntegerGraph, Rounding
 from edgekd.runtimes.base import Arrays, Session, TensorDifference
 from edgekd.runtimes.onnx_graph import quantized_name
@@ -325,7 +325,7 @@ class _Reference(IntegerGraph):
                 ahead += [n for n in node.all_input_nodes if n not in operators + ahead]
             else:
                 read += [node] if node not in read else []
-        kinds = [n.target.__name__.partition(".")[0] for n in reversed(operators)]  # type: ignore[union-attr]
+        kinds = [operator_name(n) for n in reversed(operators)]
         inputs = [f"{_tensor_name(n)} {self.shapes[n]}" for n in read if n in self.shapes]
         return (
             f"{last.name} ({', '.join(kinds) or last.op}) is off by "
