@@ -22,6 +22,7 @@ import json
 import math
 import os
 import platform
+import random
 import re
 import select
 import shlex
@@ -167,6 +168,7 @@ def time_in_turns(models, runs, seconds, threads, watch, restless=lambda timed: 
     """Time models in turns, after their warm-up: a list of dicts, one a model.
 
     Each is a list of calls: its copies, one of which runs in a turn, the next in the next turn.
+    Who comes after whom is drawn anew for each turn: what ran before has an effect of a percent.
     The turns end after `runs` timed runs of each; before, when every median is known well enough
     and the host is not `restless`, or `seconds` have passed for all together. What disturbs a host
     lasts for seconds, in which medians settle as well.
@@ -176,6 +178,7 @@ def time_in_turns(models, runs, seconds, threads, watch, restless=lambda timed: 
         for call in copies[1:] * COLD_RUNS:
             call()
     timed = [([], []) for _ in models]
+    order = random.Random(0)
     watch.current = 0
     watch.look()
     began, done = time.monotonic(), 0
@@ -188,7 +191,8 @@ def time_in_turns(models, runs, seconds, threads, watch, restless=lambda timed: 
             if all(settled(pair[clock]) for pair in timed) and not restless(timed):
                 break
         turn = min(TURN_RUNS, runs - done)
-        for index, copies in enumerate(models):
+        for index in order.sample(range(len(models)), len(models)):
+            copies = models[index]
             watch.current = index
             call = copies[done // TURN_RUNS % len(copies)]
             call()
