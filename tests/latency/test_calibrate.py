@@ -74,4 +74,5 @@ def test_networks_are_timed_in_turns_with_the_reference(tmp_path, monkeypatch):
     found = timed({name: tmp_path / f"{name}.onnx" for name in ("a", "b")}, "onnxruntime", 2)
     assert len(found["a"].samples) == len(found["b"].samples) == module.MOST_RUNS
     each = TURN_RUNS + 1
-    assert order[-3 * each :] == ["a"] * each + ["b"] * each + ["reference"] * each
+    last = [order[-each * n : len(order) - each * (n - 1)] for n in (3, 2, 1)]
+    assert sorted(last) == [["a"] * each, ["b"] * each, ["reference"] * each]

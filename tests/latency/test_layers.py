@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -163,7 +164,7 @@ def test_a_real_profile_of_openvino(fp32_artifact: Artifact):
     settings = {"PERF_COUNT": True, "INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}
     compiled = openvino.Core().compile_model(fp32_artifact.path, "CPU", settings)
     request = compiled.create_infer_request()
-    requests, times = [], []
+    requests, times, executed = [], [], Counter[str]()
     for _ in range(3):
         request.infer([np.zeros((1, 3, 16, 16), np.float32)])
         infos = request.get_profiling_info()
@@ -173,10 +174,13 @@ def test_a_real_profile_of_openvino(fp32_artifact: Artifact):
             for i in infos
         ]})  # fmt: skip
         times.append({i.node_name: i.real_time.total_seconds() * 1e3 for i in infos})
+        done = openvino.ProfilingInfo.Status.EXECUTED  # below a microsecond, not in every run
+        executed.update(i.node_name for i in infos if i.status == done)
     found = layers.openvino_counters(json.dumps({"detailed_performance": requests}))
-    ran = [i.node_name for i in infos if i.status == openvino.ProfilingInfo.Status.EXECUTED]
-    assert [layer.name for layer in found] == ran
-    for layer in found:
+    assert {layer.name for layer in found} == executed.keys()
+    always = [layer for layer in found if executed[layer.name] == len(times)]
+    assert len(always) > len(found) / 2
+    for layer in always:
         assert layer.p50_ms == pytest.approx(median(run[layer.name] for run in times))
     assert {"Convolution"} <= {layer.operator for layer in found}
 
