@@ -837,7 +837,7 @@ def test_a_failed_gate_is_the_reports_and_the_exit_codes(project, tmp_path):
     assert any("steps in the mean; 1e-09 is allowed" in reason for reason in int8.reasons)
     # each operator by itself is right all the same
     assert int8.local is not None and int8.local.as_written.first is None
-    assert "int8, operator by operator as written" in result.output
+    assert "int8, operator by operator, as written" in result.output
     assert "NOT all gates passed" in result.output
 
 

@@ -39,6 +39,9 @@ def test_a_network_of_the_zoo_passes(record: dict[str, Any]):
     assert record["stage"] == "done"
     assert zoo.faults(record) == []
     assert record["intended"] > 10
+    whole = record["parity"]["local"]["as_a_whole"]
+    assert (whole is None) == (record["scheme"] == "jetson-orin-nano")
+    assert whole is None or whole["exact"] == 1.0
 
 
 def test_faults_are_found(record: dict[str, Any]):
@@ -46,5 +49,8 @@ def test_faults_are_found(record: dict[str, Any]):
     worse["parity"]["integer_share"] = 0.9
     worse["parity"]["local"]["as_written"] |= {"exact": 0.99, "first": "relu"}
     worse["plain_mean_steps"] = float("nan")
+    if worse["parity"]["local"]["as_a_whole"]:  # then it is enough that either is near
+        assert len(zoo.faults(worse)) == 2
+        worse["parity"]["local"]["as_a_whole"]["mean_steps"] = float("nan")
     assert len(zoo.faults(worse)) == 3
     assert zoo.faults(record | {"error": "TargetError: no"}) == ["done: TargetError: no"]
