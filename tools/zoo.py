@@ -148,6 +148,8 @@ def calibrate_norms(module: nn.Module, size: int) -> None:
     torch.manual_seed(1)
     module.eval()
     for layer in module.modules():
+        if isinstance(layer, nn.Linear) and not layer.weight.any():
+            nn.init.normal_(layer.weight, std=0.02)  # a head that starts at zero tells nothing
         if isinstance(layer, (nn.LayerNorm, nn.GroupNorm)) and layer.weight is not None:
             nn.init.uniform_(layer.weight, 0.5, 1.0)
             if layer.bias is not None:
