@@ -5,8 +5,8 @@ either, and one such element fills the output. Kernels leave no such choice. The
 8-bit integers in int32, which float64 holds exactly, and how they come back to 8 bits is written
 down:
 
-    convolution, linear layer, product, mean    round(float32(sum) · float32(factor)), half to even
-    sum of two tensors                          each runtime its own way, see `Rounding`
+    convolution, linear layer, mean     round(float32(sum) · float32(factor)), half to even
+    sum or product of two tensors       each runtime its own way, see `Rounding`
 
 The factor is the scale of the sum over that of the output, each operation in float32. So the whole
 network can be compared with a device's answers, bit for bit. Sources: XNNPACK's

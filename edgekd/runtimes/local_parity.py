@@ -237,7 +237,7 @@ def _as_a_whole(graph: IntegerGraph, inputs: Sequence[Tensor], outputs: Arrays) 
     """The outputs of `graph` beside the runtime's."""
     _run(graph, inputs)
     steps = np.concatenate([
-        (_steps_off(graph, node, own, theirs)).ravel()
+        _steps_off(graph, node, own, theirs).ravel()
         for (node, own), theirs in zip(graph.ends, outputs, strict=True)
     ])  # fmt: skip
     return WholePass(

@@ -22,6 +22,7 @@ from edgekd.runtimes.base import (
     Arrays,
     Artifact,
     CompileCheck,
+    Runtime,
     Session,
     verifying_runtime,
 )
@@ -184,7 +185,7 @@ def verify(
             [x[:LOCAL_SAMPLES] for x in first],
             written=written,
             shipped=None if plain else session,
-            whole=_integer_kernels(artifact, target, session, net.scheme),
+            whole=_integer_kernels(artifact, target, runtime, session, net.scheme),
             rounding=runtime.rounding,
         )
         failed += _local_failures(local, local_exact * runtime.exact)
@@ -221,13 +222,16 @@ def verifying_session(artifact: Artifact, target: Target) -> Session:
 
 
 def _integer_kernels(
-    artifact: Artifact, target: Target, session: Session, scheme: QuantScheme | None
+    artifact: Artifact,
+    target: Target,
+    runtime: Runtime,
+    session: Session,
+    scheme: QuantScheme | None,
 ) -> Session | None:
     """The artifact as its runtime's integer kernels run it here, where it is known how they round.
 
     None too where the runtime is another than the target's, or its kernels saturate on this host.
     """
-    runtime = verifying_runtime(target)
     saturates = runtime.name == "onnxruntime" and saturating(scheme)
     if runtime.rounding is None or runtime.name != target.runtime or saturates:
         return None
