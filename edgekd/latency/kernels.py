@@ -76,8 +76,27 @@ class Kernel(NamedTuple):
 
     @property
     def padding(self) -> float:
-        """How many channels are computed for each that is wanted: vectors hold 16."""
-        return -(-self.cout // 16) * 16 / self.cout
+        """How many channels are computed for each that is wanted: vectors hold 16.
+
+        In a blocked layout those of the input too, but for the image's.
+        """
+        padded = -(-self.cout // 16) * 16 / self.cout
+        if self.op == "Conv.nchwc" and self.groups == 1 and self.cin > IMAGE:
+            padded *= -(-self.cin // 16) * 16 / self.cin
+        return padded
+
+    @property
+    def gathered(self) -> bool:
+        """Whether a convolution in integers gathers its taps into rows before it multiplies.
+
+        The direct kernels of ONNX Runtime on x86 take channels in 16s where each is alone, else
+        in 4s, and at least 16 that come out (`mlas/lib/convsym.cpp`).
+        """
+        if self.op != "QLinearConv":
+            return False
+        if self.groups > 1:
+            return self.groups < self.cin or self.cin % 16 > 0
+        return self.cout < 16 or self.cin % 4 > 0 or self.cout % 4 > 0
 
     @property
     def activated(self) -> tuple[int, int]:
@@ -95,6 +114,7 @@ def _inside(side: int, kernel: int, stride: int) -> float:
     return taps / (side * kernel)
 
 
+IMAGE = 4  # channels of an image at most
 EXPONENTIAL, HARD = {"exp", "sigmoid", "tanh"}, {"hardswish", "hardsigmoid"}
 CONVOLUTIONS = {"Conv", "Conv.nchwc", "FusedConv", "QLinearConv", "Convolution", "ConvTranspose"}
 MATRIX = CONVOLUTIONS | {
@@ -130,6 +150,9 @@ PLACED = MATRIX | {
 def of_tensor(op: str, shape: Dims, reads: int, writes: int) -> Kernel:
     """A kernel without a window, that gives a tensor of `shape`; of most only the size counts."""
     channels, height, width = by_place(shape) if op in PLACED else (1, math.prod(shape), 1)
+    # an image turns pixel by pixel, whichever layout it comes from
+    if op in ("Reorder", "Transpose") and len(shape) == 4:
+        op += ".image" * (sum(side <= IMAGE for side in shape[1:]) == 1)
     if op.endswith(("LayerNormalization", "oftmax", "oftMax")):  # rows of the last axis
         channels, height, width = shape[-1], math.prod(shape[:-1]), 1
     return Kernel(op, channels, channels, 1, 1, 1, height, width, "", reads, writes)

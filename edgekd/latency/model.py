@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
-from scipy.optimize import nnls
+from scipy.optimize import lsq_linear
 from torch import nn
 
 from edgekd.errors import TargetError
 from edgekd.latency.fusion import kernels_of
-from edgekd.latency.kernels import CONVOLUTIONS, Kernel
+from edgekd.latency.kernels import CONVOLUTIONS, IMAGE, Kernel
 from edgekd.latency.probes import is_probe, probe
 from edgekd.latency.profiles import ProfileRow, own_file, read_profile
 from edgekd.latency.tracing import Dims, Op, count_users, trace
@@ -40,6 +40,8 @@ LENGTHS = np.array([2.2, 2.2, 2.2, 1.5, 3.0, 2.2, 4.5, 3.0, 1.5, 1.5, 1.0, 2.0, 
 SPREAD, NOISE = 0.3, 0.02  # variances of the logarithm
 OFF_MS = 0.0007  # that the time of a kernel may be off by, as clocks tell whole microseconds
 CACHE = 65536  # elements, about what the nearest caches hold
+RESIDENT = 8e6  # bytes of weights, about what the last cache keeps from run to run
+TOLD = 3  # networks at least, to tell what one that does not fit takes longer
 FOLDS = 5
 # what timing a kernel costs more than running it without a clock, or less than from one kernel to
 # the next; and what running a network at all may cost
@@ -47,7 +49,12 @@ CLOCK_MS, ONCE_MS = np.arange(-0.006, 0.006, 0.00025), np.arange(0, 0.2, 0.01)
 # how firmly a network's calibration holds to its kernels' times, to no rest for each kernel, and to
 # the rest of each network
 RIDGE, HELD, HELD_ONCE = 0.2, 200.0, 5.0
-SLOWEST = 50.0  # times as long for an element as others, a kind of kernels may take
+SLOWEST, FEW = 50.0, 8  # times as long for an element as others, so few of a kind may take
+PEAK = 0.8  # of the least time for a multiply-accumulate that was seen, any takes at least
+CLOCK_STEP_MS, TIMED_WELL_MS = (
+    0.002,
+    0.01,
+)  # below one the profile's clock is blind; it is not above
 # what networks reach of a device's peak: between all and a tenth of it, a third in the middle
 REACHED, WORST = 3.0, 10.0
 LAUNCH_MS = 0.005
@@ -269,7 +276,7 @@ def _alone(op: Op) -> list[Op]:
 
 def _without_ends(kernels: Iterable[Kernel]) -> list[Kernel]:
     """Without OpenVINO's reorders, which stand at a network's ends."""
-    return [kernel for kernel in kernels if kernel.op != "Reorder"]
+    return [kernel for kernel in kernels if kernel.op not in ("Reorder", "Reorder.image")]
 
 
 # ---- kernels -------------------------------------------------------------------------------------
@@ -278,7 +285,10 @@ def _without_ends(kernels: Iterable[Kernel]) -> list[Kernel]:
 def _family(kernel: Kernel) -> str:
     if kernel.op in CONVOLUTIONS:
         depthwise = kernel.groups > 1 and kernel.groups == kernel.cin
-        return "depthwise" if depthwise else "grouped" if kernel.groups > 1 else "dense"
+        kind = "depthwise" if depthwise else "grouped" if kernel.groups > 1 else "dense"
+        if kernel.cin <= IMAGE:
+            return "stem"
+        return f"{kind}.gathered" if kernel.gathered and kind != "grouped" else kind
     if kernel.macs:
         return "product" if kernel.groups == 1 and kernel.op != "Subgraph" else kernel.op
     return kernel.op
@@ -303,20 +313,27 @@ def _features(kernel: Kernel, weights: float) -> list[float]:
     ]  # fmt: skip
 
 
-MOVED, STEPS = 2, 3
+MACS, MOVED, STEPS, FETCHED = 1, 2, 3, -1
 
 
-def _physical(kernel: Kernel) -> list[float]:
-    """What a kernel's time is made of, without any efficiency; some of it at MOVED and STEPS."""
+def _physical(kernel: Kernel, weights: float, resident: float) -> list[float]:
+    """What a kernel's time is made of, without any efficiency.
+
+    Args:
+        weights: of its network, see `_weights`.
+        resident: elements of weights that the last cache keeps.
+    """
     moved = kernel.reads + kernel.writes + kernel.weights
     macs = kernel.macs * kernel.inside * kernel.padding
-    return [1.0, macs, moved, kernel.steps, *kernel.activated]
+    fetched = max(0.0, 1 - resident / max(CACHE * (2**weights - 1), 1.0))
+    return [1.0, macs, moved, kernel.steps, *kernel.activated, kernel.weights * fetched]
 
 
 @dataclass(frozen=True)
 class _Kernels:
     """Times of one family of kernels: a physical part, and for products its efficiency."""
 
+    resident: float  # see `_physical`
     shares: Array
     shift: float = 0.0
     seen: Array | None = None  # features of what was measured, in LENGTHS
@@ -324,34 +341,41 @@ class _Kernels:
 
     @staticmethod
     def fit(
-        seen: Mapping[tuple[Kernel, float], Sequence[float]], prior: _Kernels | None
+        seen: Mapping[tuple[Kernel, float], Sequence[float]],
+        resident: float,
+        peak: float,
+        prior: _Kernels | None,
     ) -> _Kernels:
         """To times of kernels, each in a network of so many `_weights`.
 
         Args:
+            peak: ms that a multiply-accumulate takes at least.
             prior: of kernels of all kinds without products, which bounds what one kind may take for
                 each element: a few small ones do not tell. None for those kernels themselves,
                 whose `Kernel.steps` do not count the same thing.
         """
-        kernels = [kernel for kernel, _ in seen]
-        times = np.array([np.median(times) for times in seen.values()])
-        times = np.maximum(times, LEAST_MS)
-        parts = np.array([_physical(k) for k in kernels])
+        times = np.maximum([np.median(times) for times in seen.values()], LEAST_MS)
+        parts = np.array([_physical(*key, resident) for key in seen])
+        products = any(kernel.macs for kernel, _ in seen)
+        low, high = np.zeros(parts.shape[1]), np.full(parts.shape[1], np.inf)
+        if products:
+            low[MACS] = PEAK * peak
+        if (
+            len({weights for (_, weights), part in zip(seen, parts, strict=True) if part[FETCHED]})
+            < TOLD
+        ):
+            parts[:, FETCHED] = 0.0
         if prior is None:
             parts[:, STEPS] = 0.0
-        trusted = 1 / (times + 0.001)  # below a microsecond the profile's clock is blind
-        rows, wanted = parts * trusted[:, None], times * trusted
-        shares = nnls(rows, wanted)[0]
-        if (
-            prior is not None
-            and not kernels[0].macs
-            and shares[MOVED] > SLOWEST * prior.shares[MOVED]
-        ):
-            wanted -= rows[:, MOVED] * SLOWEST * prior.shares[MOVED]
-            shares = nnls(rows * (np.arange(rows.shape[1]) != MOVED), wanted)[0]
-            shares[MOVED] = SLOWEST * prior.shares[MOVED]
-        if not kernels[0].macs or len(kernels) < 8:
-            return _Kernels(shares)
+        elif not products and len(seen) < FEW:
+            high[MOVED] = max(SLOWEST * prior.shares[MOVED], LEAST_MS / CACHE)
+        trusted = 1 / (times + CLOCK_STEP_MS)
+        rows = parts * trusted[:, None]
+        scale = np.maximum(np.abs(rows).max(axis=0), 1e-12)  # a column of zeros stays one
+        bounds = low * scale, high * scale
+        shares = lsq_linear(rows / scale, times * trusted, bounds, method="bvls").x / scale
+        if not products or len(seen) < FEW:
+            return _Kernels(resident, shares)
         from sklearn.gaussian_process import GaussianProcessRegressor
         from sklearn.gaussian_process.kernels import RBF, ConstantKernel
 
@@ -360,10 +384,11 @@ class _Kernels:
         process = GaussianProcessRegressor(near, alpha=noise, optimizer=None)
         features = np.array([_features(*key) for key in seen])
         process.fit(features, rest - rest.mean())
-        return _Kernels(shares, float(rest.mean()), features / LENGTHS, process.alpha_)
+        return _Kernels(resident, shares, float(rest.mean()), features / LENGTHS, process.alpha_)
 
     def predict(self, kernels: Sequence[Kernel], weights: float) -> Array:
-        found = np.maximum(np.array([_physical(k) for k in kernels]) @ self.shares, LEAST_MS)
+        parts = np.array([_physical(kernel, weights, self.resident) for kernel in kernels])
+        found = np.maximum(parts @ self.shares, LEAST_MS)
         if self.seen is not None:
             here = np.array([_features(k, weights) for k in kernels]) / LENGTHS
             apart = ((here[:, None] - self.seen[None]) ** 2).sum(axis=2)
@@ -397,12 +422,12 @@ class _Fit:
     basis: str
 
     @staticmethod
-    def of(networks: Sequence[MeasuredNetwork], basis: str) -> _Fit:
+    def of(networks: Sequence[MeasuredNetwork], precision: Precision, basis: str) -> _Fit:
         """Fit, and see what folds of networks that are left out tell."""
         networks = _without_clock(networks)
         off = []
         for fold in range(FOLDS):
-            fitted = _fit([n for i, n in enumerate(networks) if i % FOLDS != fold])
+            fitted = _fit([n for i, n in enumerate(networks) if i % FOLDS != fold], precision)
             off += [
                 abs(math.log(_total(*fitted, n.kernels) / n.total_ms))
                 for n in networks[fold::FOLDS]
@@ -411,7 +436,7 @@ class _Fit:
         # the conformal rank: Vovk et al. 2005; with fewer than ten networks, twice the largest
         rank = math.ceil(0.9 * (len(off) + 1))
         spread = off[rank - 1] if rank <= len(off) else 2 * off[-1]
-        return _Fit(*_fit(networks), spread, basis)
+        return _Fit(*_fit(networks, precision), spread, basis)
 
     def estimate(self, kernels: Sequence[Kernel]) -> Estimate:
         ms = _total(self.families, self.shares, kernels)
@@ -425,7 +450,9 @@ class _Fit:
         return float(_shares(self.families, kernels, weights)[:-1] @ self.shares[:-1])
 
 
-def _fit(networks: Sequence[MeasuredNetwork]) -> tuple[dict[str, _Kernels], Array]:
+def _fit(
+    networks: Sequence[MeasuredNetwork], precision: Precision
+) -> tuple[dict[str, _Kernels], Array]:
     by_family: dict[str, dict[tuple[Kernel, float], list[float]]] = {"other": {}}
     for net in networks:
         weights = _weights(net.kernels)
@@ -433,8 +460,14 @@ def _fit(networks: Sequence[MeasuredNetwork]) -> tuple[dict[str, _Kernels], Arra
             for name in (_family(kernel), *([] if kernel.macs else ["other"])):
                 seen = by_family.setdefault(name, {})
                 seen.setdefault((kernel, weights), []).append(float(ms))
-    families = {"other": (other := _Kernels.fit(by_family.pop("other"), None))}
-    families |= {name: _Kernels.fit(seen, other) for name, seen in by_family.items()}
+    resident = RESIDENT / BYTES[precision]
+    peak = min(
+        (ms / (k.macs * k.inside) for net in networks for k, ms in zip(net.kernels, net.times,
+         strict=True) if k.macs and ms > TIMED_WELL_MS), default=0.0,
+    )  # fmt: skip
+    other = _Kernels.fit(by_family.pop("other"), resident, peak, None)
+    families = {name: _Kernels.fit(seen, resident, peak, other) for name, seen in by_family.items()}
+    families["other"] = other
     rows = np.array([_shares(families, n.kernels) for n in networks])
     rows /= np.array([[n.total_ms] for n in networks])
     # ridge towards the kernels' own times: 20 networks tell little of five factors
@@ -456,8 +489,9 @@ def _shares(
         by_family.setdefault(_family(kernel), []).append(kernel)
     for name, same in by_family.items():
         if same[0].macs:
-            group = GROUPS.index("dense" if name in ("dense", "grouped") else
-                                 "depthwise" if name == "depthwise" else "product")  # fmt: skip
+            kind = name.partition(".")[0]
+            group = GROUPS.index("dense" if kind in ("stem", "dense", "grouped") else
+                                 "depthwise" if kind == "depthwise" else "product")  # fmt: skip
         else:
             group = GROUPS.index("other")
         near = families.get(name) or families.get(GROUPS[group]) or families["other"]
@@ -519,7 +553,9 @@ def fit_rows(rows: Sequence[ProfileRow]) -> dict[Precision, _Fit]:
     for precision, networks in measured_networks(rows).items():
         count = sum(len(n.kernels) for n in networks)
         found[precision] = _Fit.of(
-            networks, f"{count} kernels of {len(networks)} networks on {networks[-1].origin}"
+            networks,
+            precision,
+            f"{count} kernels of {len(networks)} networks on {networks[-1].origin}",
         )
     return found
 
@@ -573,7 +609,7 @@ def leave_one_out(rows: Sequence[ProfileRow]) -> dict[Precision, dict[str, float
     for precision, networks in measured_networks(rows).items():
         cleaned = _without_clock(networks)
         found[precision] = {
-            net.name: _total(*_fit([n for n in cleaned if n is not net]), net.kernels)
+            net.name: _total(*_fit([n for n in cleaned if n is not net], precision), net.kernels)
             / net.total_ms
             for net in cleaned
         }

@@ -143,9 +143,11 @@ class IntegerGraph(Interpreter):
         return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """Casts to float32 that were captured are to float64 here."""
+        """Casts to float32 are to float64 here; scalars are as the network computes with them."""
 
         def widened(value: Any) -> Any:
+            if isinstance(value, float):
+                return torch.tensor(value).item()
             return torch.float64 if value is torch.float32 else value
 
         return super().call_function(

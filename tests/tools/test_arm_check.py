@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from pathlib import Path
 
+import arm_check as arm
 import numpy as np
 import pytest
 import torch
@@ -16,11 +16,6 @@ from edgekd.stages.export import export
 from edgekd.stages.quantize import quantize
 from edgekd.target import Target
 
-PATH = Path(__file__).parents[2] / "tools" / "arm_check.py"
-spec = importlib.util.spec_from_file_location("arm_check", PATH)
-assert spec is not None and spec.loader is not None
-arm = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(arm)
 ROOT = Path(os.environ.get("EDGEKD_ARM_ROOT", arm.ROOT))
 
 

@@ -1,0 +1,119 @@
+"""An ONNX file in float64, by the reference implementation that comes with the standard.
+
+In float32 a deep network of random weights moves by itself: a sum that lies between two integers
+rounds to either, and one such element fills the output. In float64 none lies there, whatever the
+file's operators are, so a file and the network it came from give the same integers from end to end.
+
+Weights and the image become integers in float32 as ever, and biases are the float32 numbers that
+are written; all that follows is in float64.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from onnx.numpy_helper import from_array, to_array
+from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
+
+from edgekd.runtimes.base import Arrays
+
+QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
+LARGEST = 1024  # side in pixels
+# what PyTorch's operators hold in float64 and their decompositions write in float32
+CONSTANTS = {
+    float(np.float32(x)): x for x in (2**0.5, 0.5**0.5, (2 / np.pi) ** 0.5, 0.044715, 1 / 6)
+}
+
+
+class DequantizeLinear(OpRun):
+    """(x - zero) · scale; the standard's is in float32."""
+
+    op_domain = ""
+
+    def _run(self, x: Any, scale: Any, zero: Any = 0, axis: int = 1, **_: Any) -> Any:
+        if x.dtype == np.int32:
+            return ((x.astype(np.float32) * scale).astype(np.float64),)
+        spread = [-1 if i == axis % x.ndim else 1 for i in range(x.ndim)]
+        scale, zero = (v.reshape(spread) if np.size(v) > 1 else v for v in (scale, zero))
+        return ((x.astype(np.float64) - zero) * np.float64(scale),)
+
+
+class Erf(OpRun):
+    """The standard's is in float32."""
+
+    op_domain = ""
+
+    def _run(self, x: Any) -> Any:
+        return (torch.from_numpy(x).erf().numpy(),)
+
+
+class Gelu(OpRun):
+    """The standard's has its constants in float32, as have the next two."""
+
+    op_domain = ""
+
+    def _run(self, x: Any, approximate: Any = "none") -> Any:
+        return (torch.nn.functional.gelu(torch.from_numpy(x), approximate=approximate).numpy(),)
+
+
+class HardSigmoid(OpRun):
+    """clip(alpha · x + beta, 0, 1)."""
+
+    op_domain = ""
+
+    def _run(self, x: Any, alpha: Any = 0.2, beta: Any = 0.5) -> Any:
+        return (np.clip(CONSTANTS.get(float(alpha), alpha) * x + beta, 0, 1),)
+
+
+class HardSwish(OpRun):
+    """x · clip(x / 6 + 0.5, 0, 1)."""
+
+    op_domain = ""
+
+    def _run(self, x: Any) -> Any:
+        return (x * np.clip(x / 6 + 0.5, 0, 1),)
+
+
+def widened(tensor: onnx.TensorProto, ratios: bool) -> None:
+    """The same numbers in float64; a constant of an operator as it was before float32.
+
+    Args:
+        ratios: its numbers are those of sides in pixels.
+    """
+    array: NDArray[Any] = to_array(tensor)
+    if array.dtype == np.float32:
+        wide = array.astype(np.float64)
+        if wide.size == 1:
+            wide[...] = CONSTANTS.get(wide.item(), wide.item())
+        if ratios:
+            wide[:] = [float(Fraction(ratio).limit_denominator(LARGEST)) for ratio in wide]
+        tensor.CopyFrom(from_array(wide, tensor.name))
+
+
+def in_float64(model: onnx.ModelProto, inputs: Arrays) -> Arrays:
+    """The outputs of a file for `inputs`, of float32; `model` is changed."""
+    readers = [node for node in model.graph.node if node.op_type in QUANTIZERS]
+    quantized = {name for node in readers for name in node.input}
+    scales = {node.input[2] for node in model.graph.node if node.op_type == "Resize"}
+    for tensor in model.graph.initializer:
+        if tensor.name not in quantized:
+            widened(tensor, tensor.name in scales)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "Cast" and attribute.i == onnx.TensorProto.FLOAT:
+                attribute.i = onnx.TensorProto.DOUBLE
+            if attribute.HasField("t"):
+                widened(attribute.t, node.output[0] in scales)
+    given = {
+        value.name: x if value.name in quantized else x.astype(np.float64)
+        for value, x in zip(model.graph.input, inputs, strict=True)
+    }
+    ops = [DequantizeLinear, Erf, Gelu, HardSigmoid, HardSwish]
+    outputs: Arrays = ReferenceEvaluator(model, new_ops=ops).run(None, given)
+    return outputs
