@@ -51,10 +51,7 @@ CLOCK_MS, ONCE_MS = np.arange(-0.006, 0.006, 0.00025), np.arange(0, 0.2, 0.01)
 RIDGE, HELD, HELD_ONCE = 0.2, 200.0, 5.0
 SLOWEST, FEW = 50.0, 8  # times as long for an element as others, so few of a kind may take
 PEAK = 0.8  # of the least time for a multiply-accumulate that was seen, any takes at least
-CLOCK_STEP_MS, TIMED_WELL_MS = (
-    0.002,
-    0.01,
-)  # below one the profile's clock is blind; it is not above
+BLIND_MS, TIMED_MS = 0.002, 0.01  # what a profile's clock does not see, and what it tells well
 # what networks reach of a device's peak: between all and a tenth of it, a third in the middle
 REACHED, WORST = 3.0, 10.0
 LAUNCH_MS = 0.005
@@ -325,8 +322,13 @@ def _physical(kernel: Kernel, weights: float, resident: float) -> list[float]:
     """
     moved = kernel.reads + kernel.writes + kernel.weights
     macs = kernel.macs * kernel.inside * kernel.padding
-    fetched = max(0.0, 1 - resident / max(CACHE * (2**weights - 1), 1.0))
-    return [1.0, macs, moved, kernel.steps, *kernel.activated, kernel.weights * fetched]
+    fetched = kernel.weights * _fetched(weights, resident)
+    return [1.0, macs, moved, kernel.steps, *kernel.activated, fetched]
+
+
+def _fetched(weights: float, resident: float) -> float:
+    """The share of a network's weights that comes from memory in each run."""
+    return max(0.0, 1 - resident / max(CACHE * (2**weights - 1), 1.0))
 
 
 @dataclass(frozen=True)
@@ -360,16 +362,13 @@ class _Kernels:
         low, high = np.zeros(parts.shape[1]), np.full(parts.shape[1], np.inf)
         if products:
             low[MACS] = PEAK * peak
-        if (
-            len({weights for (_, weights), part in zip(seen, parts, strict=True) if part[FETCHED]})
-            < TOLD
-        ):
+        if len({weights for _, weights in seen if _fetched(weights, resident)}) < TOLD:
             parts[:, FETCHED] = 0.0
         if prior is None:
             parts[:, STEPS] = 0.0
         elif not products and len(seen) < FEW:
             high[MOVED] = max(SLOWEST * prior.shares[MOVED], LEAST_MS / CACHE)
-        trusted = 1 / (times + CLOCK_STEP_MS)
+        trusted = 1 / (times + BLIND_MS)
         rows = parts * trusted[:, None]
         scale = np.maximum(np.abs(rows).max(axis=0), 1e-12)  # a column of zeros stays one
         bounds = low * scale, high * scale
@@ -463,7 +462,7 @@ def _fit(
     resident = RESIDENT / BYTES[precision]
     peak = min(
         (ms / (k.macs * k.inside) for net in networks for k, ms in zip(net.kernels, net.times,
-         strict=True) if k.macs and ms > TIMED_WELL_MS), default=0.0,
+         strict=True) if k.macs and ms > TIMED_MS), default=0.0,
     )  # fmt: skip
     other = _Kernels.fit(by_family.pop("other"), resident, peak, None)
     families = {name: _Kernels.fit(seen, resident, peak, other) for name, seen in by_family.items()}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from edgekd.latency.kernels import Kernel, moves_elements
+from edgekd.latency.kernels import Kernel, moves_elements, of_tensor
 
 
 @pytest.mark.parametrize(
@@ -38,9 +38,37 @@ def test_steps_are_what_is_gathered_pooled_or_repeated():
 
 def test_channels_fill_vectors_and_activations_are_told_apart():
     assert [Kernel("Conv", cout=n).padding for n in (16, 24, 8)] == [1, pytest.approx(4 / 3), 2]
+    blocked = [Kernel("Conv.nchwc", n, 32, groups=g).padding for n, g in ((8, 1), (3, 1), (8, 8))]
+    assert blocked == [2, 1, 1]  # an image is read as it comes
     assert Kernel("Conv", fused="add+exp", writes=5).activated == (5, 0)
     assert Kernel("Conv", fused="hardswish", writes=5).activated == (0, 5)
     assert Kernel("Conv", fused="add+relu", writes=5).activated == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("cin", "cout", "groups", "gathered"),
+    [
+        (64, 64, 64, False),
+        (40, 40, 40, True),  # each channel alone, and not in 16s
+        (64, 64, 4, True),
+        (3, 32, 1, True),
+        (32, 8, 1, True),
+        (12, 20, 1, False),
+    ],
+)
+def test_direct_kernels_in_integers_want_whole_vectors(cin, cout, groups, gathered):
+    assert Kernel("QLinearConv", cin, cout, 3, groups=groups).gathered == gathered
+    assert not Kernel("Convolution", cin, cout, 3, groups=groups).gathered
+
+
+@pytest.mark.parametrize(
+    ("shape", "image"),
+    [((1, 3, 32, 32), True), ((1, 32, 32, 3), True), ((1, 64, 4, 4), False), ((1, 3, 64), False)],
+)
+def test_an_image_that_turns_is_told_from_a_map(shape, image):
+    names = [of_tensor(op, shape, 1, 1).op for op in ("Reorder", "Transpose", "Concat")]
+    assert names == (["Reorder.image", "Transpose.image", "Concat"] if image else
+                     ["Reorder", "Transpose", "Concat"])  # fmt: skip
 
 
 @pytest.mark.parametrize(

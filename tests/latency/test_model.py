@@ -12,7 +12,7 @@ from torchvision.models import resnet18
 from edgekd.errors import TargetError
 from edgekd.latency.fusion import kernels_of
 from edgekd.latency.kernels import Kernel
-from edgekd.latency.model import LatencyModel, fit_rows, leave_one_out
+from edgekd.latency.model import CACHE, LatencyModel, _Kernels, fit_rows, leave_one_out
 from edgekd.latency.probes import ProbeKind, probe
 from edgekd.latency.profiles import ProfileRow, append_rows, own_file
 from edgekd.latency.tracing import trace
@@ -90,6 +90,34 @@ def test_it_learns_a_device_from_its_networks(home):
             off.append(abs(found.p50_ms / truth - 1))
     assert np.mean(off) < 0.06
     assert np.mean(np.array(off) < 0.15) >= 0.9
+
+
+def test_kernels_that_gather_are_told_apart():
+    def device(kernel: Kernel) -> float:
+        return law(kernel) * (4 if kernel.gathered else 1)
+
+    target = Target.load("host-onnxruntime")
+    gathering = rows(target, per_kind=5, precision="int8", law=device)
+    off = [abs(r - 1) for r in leave_one_out(gathering)["int8"].values()]
+    assert np.mean(off) < 0.06
+
+
+def test_weights_that_the_cache_does_not_keep_are_fetched():
+    def took(kernel: Kernel, million: float) -> float:
+        return law(kernel) + kernel.weights * max(0.0, 1 - 2 / million) * 2e-7
+
+    def of_network(million: float) -> float:
+        return math.log2(1 + million * 1e6 / CACHE)
+
+    gemms = [Kernel("Gemm", n, 1000, reads=n, writes=1000) for n in (256, 512, 1024, 1280)]
+    seen = {(g, of_network(m)): [took(g, m)] for g in gemms for m in (0.5, 1.0, 3.0, 6.0, 12.0)}
+    fitted = _Kernels.fit(seen, resident=2e6, peak=1e-9, prior=None)
+    for million in (0.7, 4.0, 30.0):
+        [found] = fitted.predict([gemms[2]], of_network(million))
+        assert found == pytest.approx(took(gemms[2], million), rel=0.1)
+    few = {key: ms for key, ms in seen.items() if key[1] < of_network(4.0)}
+    [same] = _Kernels.fit(few, 2e6, 1e-9, None).predict([gemms[2]], of_network(30.0))
+    assert same < 1.5 * took(gemms[2], 0.7)  # one network that is too large does not tell
 
 
 def test_the_clocks_cost_is_found_and_left_out(home):
