@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
+from onnx.helper import make_node
 from onnx.numpy_helper import from_array, to_array
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
@@ -98,8 +99,8 @@ def widened(tensor: onnx.TensorProto, ratios: bool) -> None:
 
 def in_float64(model: onnx.ModelProto, inputs: Arrays) -> Arrays:
     """The outputs of a file for `inputs`, of float32; `model` is changed."""
-    readers = [node for node in model.graph.node if node.op_type in QUANTIZERS]
-    quantized = {name for node in readers for name in node.input}
+    quantizers = [node for node in model.graph.node if node.op_type in QUANTIZERS]
+    quantized = {name for node in quantizers for name in node.input}
     scales = {node.input[2] for node in model.graph.node if node.op_type == "Resize"}
     for tensor in model.graph.initializer:
         if tensor.name not in quantized:
@@ -110,10 +111,13 @@ def in_float64(model: onnx.ModelProto, inputs: Arrays) -> Arrays:
                 attribute.i = onnx.TensorProto.DOUBLE
             if attribute.HasField("t"):
                 widened(attribute.t, node.output[0] in scales)
-    given = {
-        value.name: x if value.name in quantized else x.astype(np.float64)
-        for value, x in zip(model.graph.input, inputs, strict=True)
-    }
+    for value in model.graph.input:
+        narrow = f"{value.name} in float32"
+        for node in quantizers:
+            node.input[:] = [narrow if name == value.name else name for name in node.input]
+        cast = make_node("Cast", [value.name], [narrow], to=onnx.TensorProto.FLOAT)
+        model.graph.node.insert(0, cast)
+    given = {v.name: x.astype(np.float64) for v, x in zip(model.graph.input, inputs, strict=True)}
     ops = [DequantizeLinear, Erf, Gelu, HardSigmoid, HardSwish]
     outputs: Arrays = ReferenceEvaluator(model, new_ops=ops).run(None, given)
     return outputs

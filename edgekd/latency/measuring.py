@@ -311,16 +311,19 @@ def trust(samples: Sequence[float], conditions: Conditions) -> Trust:
 
 
 def host_name() -> str:
-    """The processor of this host, as the system calls it, and its instruction set."""
-    model = platform.processor() or platform.machine()
+    """The processor of this host, as the system calls it, and its instruction set.
+
+    With its family and model, where the system has them: virtual machines call processors of twice
+    the speed by one name.
+    """
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                model = line.partition(":")[2].strip()
-                break
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        pass
-    return f"{model} ({host_instruction_set()})"
+        lines = []
+    told = {key.strip(): value.strip() for key, _, value in (x.partition(":") for x in lines)}
+    name = told.get("model name") or platform.processor() or platform.machine()
+    kind = "-".join(told[key] for key in ("cpu family", "model") if key in told)
+    return " ".join(filter(None, (name, kind, f"({host_instruction_set()})")))
 
 
 def today() -> str:

@@ -24,12 +24,14 @@ class Floats(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 3, stride=2, groups=1)
+        self.small = nn.Conv2d(3, 8, 3)
         self.norm = nn.LayerNorm(8)
         self.first = nn.Linear(8, 16)
         self.last = nn.Linear(16, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = nn.functional.hardswish(self.stem(x)).flatten(2).transpose(1, 2)
+        small = self.small(nn.functional.interpolate(x, size=10, mode="bicubic"))
+        x = (nn.functional.hardswish(self.stem(x)) + small).flatten(2).transpose(1, 2)
         x = self.norm(x) * 0.1767766952966369
         x = nn.functional.gelu(self.first(x)) + nn.functional.gelu(
             x.repeat(1, 1, 2), approximate="tanh"
