@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import platform
 import re
 from datetime import date
 from pathlib import Path
@@ -134,7 +135,17 @@ def test_what_is_not_measure_pys_is_refused(tmp_path: Path):
             RawMeasurement.read(path)
 
 
-def test_the_host_and_the_date_are_named():
-    assert host_name().endswith(f"({host_instruction_set()})")
+def test_the_host_and_the_date_are_named(monkeypatch):
+    kind = f"({host_instruction_set()})"
+    assert host_name().endswith(kind)
+    for said, name in (
+        ("model name\t: AMD EPYC\ncpu family\t: 25\nmodel\t\t: 17\n", f"AMD EPYC 25-17 {kind}"),
+        (
+            "Model\t\t: Raspberry Pi 5 Model B\n",
+            f"{platform.processor() or platform.machine()} {kind}",
+        ),
+    ):
+        monkeypatch.setattr("edgekd.latency.measuring.Path.read_text", lambda _, said=said: said)
+        assert host_name() == name
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", today())
     assert abs((date.fromisoformat(today()) - date.today()).days) <= 1
