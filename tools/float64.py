@@ -10,7 +10,6 @@ are written; all that follows is in float64.
 
 from __future__ import annotations
 
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -21,11 +20,11 @@ from onnx.helper import make_node
 from onnx.numpy_helper import from_array, to_array
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
+from onnx.reference.ops.op_resize import Resize as StandardResize
 
 from edgekd.runtimes.base import Arrays
 
 QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
-LARGEST = 1024  # side in pixels
 # what PyTorch's operators hold in float64 and their decompositions write in float32
 CONSTANTS = {
     float(np.float32(x)): x for x in (2**0.5, 0.5**0.5, (2 / np.pi) ** 0.5, 0.044715, 1 / 6)
@@ -81,19 +80,31 @@ class HardSwish(OpRun):
         return (x * np.clip(x / 6 + 0.5, 0, 1),)
 
 
-def widened(tensor: onnx.TensorProto, ratios: bool) -> None:
-    """The same numbers in float64; a constant of an operator as it was before float32.
+class Resize(StandardResize):
+    """PyTorch's cubic one is off by a millionth in float64 as well; it is what the graph has."""
 
-    Args:
-        ratios: its numbers are those of sides in pixels.
-    """
+    op_domain = ""
+
+    def _run(
+        self, x: Any, roi: Any = None, scales: Any = None, sizes: Any = None, **how: Any
+    ) -> Any:
+        if how["mode"] != "cubic" or sizes is None:
+            return super()._run(x, roi, scales, sizes, **how)
+        aligned = how["coordinate_transformation_mode"] == "align_corners"
+        return (
+            torch.nn.functional.interpolate(
+                torch.from_numpy(x), size=sizes[2:].tolist(), mode="bicubic", align_corners=aligned
+            ).numpy(),
+        )
+
+
+def widened(tensor: onnx.TensorProto) -> None:
+    """The same numbers in float64; a constant of an operator as it was before float32."""
     array: NDArray[Any] = to_array(tensor)
     if array.dtype == np.float32:
         wide = array.astype(np.float64)
         if wide.size == 1:
             wide[...] = CONSTANTS.get(wide.item(), wide.item())
-        if ratios:
-            wide[:] = [float(Fraction(ratio).limit_denominator(LARGEST)) for ratio in wide]
         tensor.CopyFrom(from_array(wide, tensor.name))
 
 
@@ -101,16 +112,15 @@ def in_float64(model: onnx.ModelProto, inputs: Arrays) -> Arrays:
     """The outputs of a file for `inputs`, of float32; `model` is changed."""
     quantizers = [node for node in model.graph.node if node.op_type in QUANTIZERS]
     quantized = {name for node in quantizers for name in node.input}
-    scales = {node.input[2] for node in model.graph.node if node.op_type == "Resize"}
     for tensor in model.graph.initializer:
         if tensor.name not in quantized:
-            widened(tensor, tensor.name in scales)
+            widened(tensor)
     for node in model.graph.node:
         for attribute in node.attribute:
             if node.op_type == "Cast" and attribute.i == onnx.TensorProto.FLOAT:
                 attribute.i = onnx.TensorProto.DOUBLE
             if attribute.HasField("t"):
-                widened(attribute.t, node.output[0] in scales)
+                widened(attribute.t)
     for value in model.graph.input:
         narrow = f"{value.name} in float32"
         for node in quantizers:
@@ -118,6 +128,6 @@ def in_float64(model: onnx.ModelProto, inputs: Arrays) -> Arrays:
         cast = make_node("Cast", [value.name], [narrow], to=onnx.TensorProto.FLOAT)
         model.graph.node.insert(0, cast)
     given = {v.name: x.astype(np.float64) for v, x in zip(model.graph.input, inputs, strict=True)}
-    ops = [DequantizeLinear, Erf, Gelu, HardSigmoid, HardSwish]
+    ops = [DequantizeLinear, Erf, Gelu, HardSigmoid, HardSwish, Resize]
     outputs: Arrays = ReferenceEvaluator(model, new_ops=ops).run(None, given)
     return outputs

@@ -9,6 +9,8 @@ import onnx
 import pytest
 import torch
 from float64 import in_float64
+from onnx import TensorProto
+from onnx.helper import make_graph, make_model, make_node, make_tensor_value_info
 from onnx.numpy_helper import from_array, to_array
 from torch import Tensor, nn
 
@@ -24,14 +26,12 @@ class Floats(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 3, stride=2, groups=1)
-        self.small = nn.Conv2d(3, 8, 3)
         self.norm = nn.LayerNorm(8)
         self.first = nn.Linear(8, 16)
         self.last = nn.Linear(16, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        small = self.small(nn.functional.interpolate(x, size=10, mode="bicubic"))
-        x = (nn.functional.hardswish(self.stem(x)) + small).flatten(2).transpose(1, 2)
+        x = nn.functional.hardswish(self.stem(x)).flatten(2).transpose(1, 2)
         x = self.norm(x) * 0.1767766952966369
         x = nn.functional.gelu(self.first(x)) + nn.functional.gelu(
             x.repeat(1, 1, 2), approximate="tanh"
@@ -65,3 +65,25 @@ def test_nothing_but_the_export_can_differ(target: str, tmp_path: Path):
     [tensor] = (t for t in wrong.graph.initializer if t.name == scale)
     tensor.CopyFrom(from_array(to_array(tensor) * np.float32(1.05), tensor.name))
     assert off(wrong) > 0.1
+
+
+def test_an_image_is_in_float64_for_all_but_its_quantizer():
+    """And PyTorch's cubic resize is what it is: a sum of both differs in neither."""
+    sides = {"x": [1, 3, 24, 24], "resized": [1, 3, 22, 22], "y": [1, 3, 22, 22]}
+    x, y = (make_tensor_value_info(name, TensorProto.FLOAT, sides[name]) for name in ("x", "y"))
+    nodes = [
+        make_node("QuantizeLinear", ["x", "scale"], ["integers"], output_dtype=TensorProto.INT8),
+        make_node("DequantizeLinear", ["integers", "scale"], ["rounded"]),
+        make_node("Slice", ["rounded", "starts", "ends", "axes"], ["corner"]),
+        make_node("Resize", ["x", "", "", "sizes"], ["resized"], mode="cubic"),
+        make_node("Add", ["corner", "resized"], ["y"]),
+    ]
+    numbers = {"starts": [0, 0], "ends": [22, 22], "axes": [2, 3], "sizes": sides["y"]}
+    tensors = [from_array(np.array(value), name) for name, value in numbers.items()]
+    tensors.append(from_array(np.float32(0.02), "scale"))
+    model = make_model(make_graph(nodes, "graph", [x], [y], tensors))
+    image = torch.randn(sides["x"], generator=torch.Generator().manual_seed(0))
+    resized = nn.functional.interpolate(image.double(), size=22, mode="bicubic")
+    rounded = (image / 0.02).round().clamp(-128, 127).double() * float(np.float32(0.02))
+    [got] = in_float64(model, [image.numpy()])
+    assert np.abs(got - (rounded[..., :22, :22] + resized).numpy()).max() < 1e-12
