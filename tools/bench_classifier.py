@@ -83,9 +83,9 @@ def new(widths: list[int], seed: int) -> edgekd.Network:
     )  # fmt: skip
 
 
-def arm(name: str, make: Callable[[RunDir], edgekd.Network], runs: Path = RUNS) -> Arm:
+def arm(name: str, make: Callable[[RunDir], edgekd.Network]) -> Arm:
     """Made, or loaded if its folder is done."""
-    run = RunDir(runs / name)
+    run = RunDir(RUNS / name)
     if run.done() is None:
         print(f"{name} …", flush=True)
         net = make(run)
@@ -139,29 +139,6 @@ def arms(seed: int, only: str | None = None) -> dict[str, Arm]:
     return {"teacher": taught, **done}
 
 
-def over_seeds(pairs: dict[int, list[np.ndarray]]) -> dict[str, Any]:
-    """How much larger a share of images one arm gets right than another, and each seed's.
-
-    Args:
-        pairs: seed -> what the two got right.
-    """
-    hits = {seed: [torch.from_numpy(x) for x in pair] for seed, pair in pairs.items()}
-    ours, theirs = (
-        torch.stack([pair[side] for pair in hits.values()]).double().mean(0) for side in (0, 1)
-    )
-    whole = paired_difference(ours, theirs)
-    return {
-        "seeds": {seed: paired_difference(*pair).value for seed, pair in hits.items()},
-        "mean": whole.value, "ci95": whole.ci95,
-    }  # fmt: skip
-
-
-def difference(answer: dict[str, Any]) -> str:
-    """`+0.12 (-0.01 to +0.25)` points, of what `over_seeds` gives."""
-    low, high = (100 * x for x in answer["ci95"])
-    return f"{100 * answer['mean']:+.2f} ({low:+.2f} to {high:+.2f})"
-
-
 def figures() -> dict[str, Any]:
     """Of all arms that are done: accuracies, and the answer to each question."""
     done = {path.parent.name: RunDir(path.parent).done() for path in RUNS.glob("*/done.json")}
@@ -169,13 +146,24 @@ def figures() -> dict[str, Any]:
     seeds = [seed for seed in SEEDS if f"alone-{seed}" in hits]  # the last arm of a seed
     answers = {}
     for question, (control, arm_name) in QUESTIONS.items():
-        pairs = {
-            seed: [hits[name if name == "teacher" else f"{name}-{seed}"]
-                   for name in (arm_name, control)]
+        pairs = [
+            [torch.from_numpy(hits[name if name == "teacher" else f"{name}-{seed}"])
+             for name in (arm_name, control)]
             for seed in seeds
-        }  # fmt: skip
-        if pairs:
-            answers[question] = {"arms": [arm_name, control], **over_seeds(pairs)}
+        ]  # fmt: skip
+        if not pairs:
+            continue
+        each = [paired_difference(*pair) for pair in pairs]
+        ours, theirs = (
+            torch.stack([pair[side] for pair in pairs]).double().mean(0) for side in (0, 1)
+        )
+        whole = paired_difference(ours, theirs)
+        answers[question] = {
+            "arms": [arm_name, control],
+            "seeds": {seed: d.value for seed, d in zip(seeds, each, strict=True)},
+            "mean": whole.value,
+            "ci95": whole.ci95,
+        }
     return {
         "epochs": {"teacher": TEACHER_EPOCHS, "arm": EPOCHS, "quantized": QUANTIZED_EPOCHS},
         "test_images": len(data.splits["test"]),
@@ -247,9 +235,13 @@ def tables(result: dict[str, Any]) -> str:
         "|---|---|---|",
     ]  # fmt: skip
     for question, answer in result["differences"].items():
+        low, high = (100 * x for x in answer["ci95"])
         each = ", ".join(f"{100 * d:+.2f}" for d in answer["seeds"].values())
         arm_name, control = answer["arms"]
-        lines.append(f"| {question} (`{arm_name}` − `{control}`) | {difference(answer)} | {each} |")
+        lines.append(
+            f"| {question} (`{arm_name}` − `{control}`) | {100 * answer['mean']:+.2f} "
+            f"({low:+.2f} to {high:+.2f}) | {each} |"
+        )
     names = dict.fromkeys(name.rpartition("-")[0] or name for name in result["arms"])
     lines += ["", "| arm | accuracy, each seed | parameters | MACs |", "|---|---|---|---|"]
     for name in names:
