@@ -7,6 +7,7 @@ import os
 # two threads that wait for each other on a busy machine are 20 times slower than one
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,14 @@ from edgekd.tasks.classification import Classification
 
 Batches = list[tuple[Tensor, Tensor]]
 LABELS = ("upright stripes", "level stripes", "checks", "plain")
+
+
+@pytest.fixture(autouse=True)
+def same_draws(request: pytest.FixtureRequest) -> None:
+    """A test draws the same numbers alone, in any order and in any worker."""
+    torch.manual_seed(0)
+    if hasattr(request.module, "RNG"):
+        request.module.RNG = np.random.default_rng(0)
 
 
 @pytest.fixture(scope="session")

@@ -249,10 +249,13 @@ def test_the_bias_of_a_float_convolution_stays():
 
 
 def test_two_layers_that_share_weights_get_each_their_own_scale():
+    # What the first layer gives are multiples of 0.0005, its biases too, and the second's steps
+    # turn between two of them: nothing that is rounded here lands a step aside.
     constants: dict[str, Array] = {
-        "s0": np.array(0.05, np.float32), "s1": np.array(0.5, np.float32),
+        "s0": np.array(0.05, np.float32), "s1": np.array(0.5003, np.float32),
         "z": np.array(120, np.uint8), "w": RNG.integers(-63, 64, (3, 3, 1, 1)).astype(np.int8),
-        "ws": np.full(3, 0.01, np.float32), "wz": np.zeros(3, np.int8), "b": floats(3),
+        "ws": np.full(3, 0.01, np.float32), "wz": np.zeros(3, np.int8),
+        "b": (RNG.integers(-2000, 2000, 3) * 0.0005).astype(np.float32),
     }  # fmt: skip
     nodes = [
         helper.make_node("DequantizeLinear", ["w", "ws", "wz"], ["dw"], axis=0),
