@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,9 +83,9 @@ def new(widths: list[int], seed: int) -> edgekd.Network:
     )  # fmt: skip
 
 
-def arm(name: str, make: Callable[[RunDir], edgekd.Network]) -> Arm:
+def arm(name: str, make: Callable[[RunDir], edgekd.Network], runs: Path = RUNS) -> Arm:
     """Made, or loaded if its folder is done."""
-    run = RunDir(RUNS / name)
+    run = RunDir(runs / name)
     if run.done() is None:
         print(f"{name} …", flush=True)
         net = make(run)
@@ -139,6 +139,26 @@ def arms(seed: int, only: str | None = None) -> dict[str, Arm]:
     return {"teacher": taught, **done}
 
 
+def over_seeds(seeds: Sequence[int], pairs: Sequence[Sequence[np.ndarray]]) -> dict[str, Any]:
+    """What the first of each seed's pair gets right more than the second: each, and the mean."""
+    tensors = [[torch.from_numpy(hits) for hits in pair] for pair in pairs]
+    ours, theirs = (torch.stack(side).double().mean(0) for side in zip(*tensors, strict=True))
+    whole = paired_difference(ours, theirs)
+    return {
+        "seeds": {
+            seed: paired_difference(*pair).value
+            for seed, pair in zip(seeds, tensors, strict=True)
+        },
+        "mean": whole.value, "ci95": whole.ci95,
+    }  # fmt: skip
+
+
+def points(answer: dict[str, Any]) -> str:
+    """Of `over_seeds`, in points: the mean with its interval."""
+    low, high = (100 * x for x in answer["ci95"])
+    return f"{100 * answer['mean']:+.2f} ({low:+.2f} to {high:+.2f})"
+
+
 def figures() -> dict[str, Any]:
     """Of all arms that are done: accuracies, and the answer to each question."""
     done = {path.parent.name: RunDir(path.parent).done() for path in RUNS.glob("*/done.json")}
@@ -147,23 +167,12 @@ def figures() -> dict[str, Any]:
     answers = {}
     for question, (control, arm_name) in QUESTIONS.items():
         pairs = [
-            [torch.from_numpy(hits[name if name == "teacher" else f"{name}-{seed}"])
-             for name in (arm_name, control)]
+            [hits[name if name == "teacher" else f"{name}-{seed}"] for name in (arm_name, control)]
             for seed in seeds
-        ]  # fmt: skip
+        ]
         if not pairs:
             continue
-        each = [paired_difference(*pair) for pair in pairs]
-        ours, theirs = (
-            torch.stack([pair[side] for pair in pairs]).double().mean(0) for side in (0, 1)
-        )
-        whole = paired_difference(ours, theirs)
-        answers[question] = {
-            "arms": [arm_name, control],
-            "seeds": {seed: d.value for seed, d in zip(seeds, each, strict=True)},
-            "mean": whole.value,
-            "ci95": whole.ci95,
-        }
+        answers[question] = {"arms": [arm_name, control]} | over_seeds(seeds, pairs)
     return {
         "epochs": {"teacher": TEACHER_EPOCHS, "arm": EPOCHS, "quantized": QUANTIZED_EPOCHS},
         "test_images": len(data.splits["test"]),
@@ -235,13 +244,9 @@ def tables(result: dict[str, Any]) -> str:
         "|---|---|---|",
     ]  # fmt: skip
     for question, answer in result["differences"].items():
-        low, high = (100 * x for x in answer["ci95"])
         each = ", ".join(f"{100 * d:+.2f}" for d in answer["seeds"].values())
         arm_name, control = answer["arms"]
-        lines.append(
-            f"| {question} (`{arm_name}` − `{control}`) | {100 * answer['mean']:+.2f} "
-            f"({low:+.2f} to {high:+.2f}) | {each} |"
-        )
+        lines.append(f"| {question} (`{arm_name}` − `{control}`) | {points(answer)} | {each} |")
     names = dict.fromkeys(name.rpartition("-")[0] or name for name in result["arms"])
     lines += ["", "| arm | accuracy, each seed | parameters | MACs |", "|---|---|---|---|"]
     for name in names:

@@ -76,13 +76,16 @@ class Kernel(NamedTuple):
 
     @property
     def padding(self) -> float:
-        """How many channels are computed for each that is wanted: vectors hold 16.
+        """How many channels are computed for each that is wanted: vectors hold 16, of one group.
 
         In a blocked layout those of the input too, but for the image's.
         """
-        padded = -(-self.cout // 16) * 16 / self.cout
+        if self.gathered and self.groups == self.cin:  # those that fill no 8 are computed singly
+            return 1 + SINGLY * (self.cin % 8) / self.cin
+        grouped = 1 < self.groups < self.cin and self.op in CONVOLUTIONS
+        padded = _padded(self.cout // self.groups if grouped else self.cout)
         if self.op == "Conv.nchwc" and self.groups == 1 and self.cin > IMAGE:
-            padded *= -(-self.cin // 16) * 16 / self.cin
+            padded *= _padded(self.cin)
         return padded
 
     @property
@@ -101,8 +104,14 @@ class Kernel(NamedTuple):
     @property
     def activated(self) -> tuple[int, int]:
         """Elements that pass a fused activation: one with an exponential, one of products only."""
+        if self.op == "Subgraph":  # an attention: its softmax
+            return self.groups * self.height * self.cout, 0
         fused = set(self.fused.split("+"))
         return self.writes * bool(fused & EXPONENTIAL), self.writes * bool(fused & HARD)
+
+
+def _padded(channels: int) -> float:
+    return -(-channels // 16) * 16 / channels
 
 
 @cache
@@ -114,8 +123,9 @@ def _inside(side: int, kernel: int, stride: int) -> float:
     return taps / (side * kernel)
 
 
+SINGLY = 11.0  # times as long as in a vector a channel takes alone, more
 IMAGE = 4  # channels of an image at most
-EXPONENTIAL, HARD = {"exp", "sigmoid", "tanh"}, {"hardswish", "hardsigmoid"}
+EXPONENTIAL, HARD = {"exp", "sigmoid", "tanh"}, {"hardswish", "hardsigmoid", "clip"}
 CONVOLUTIONS = {"Conv", "Conv.nchwc", "FusedConv", "QLinearConv", "Convolution", "ConvTranspose"}
 MATRIX = CONVOLUTIONS | {
     "Gemm", "FusedGemm", "QGemm", "MatMul", "FusedMatMul", "FullyConnected", "QLinearMatMul",

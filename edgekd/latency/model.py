@@ -36,21 +36,22 @@ Array = NDArray[np.float64]
 LEAST_MS = 1e-4
 LEAST_NETWORKS = 5
 # how far apart two kernels may be, in each of `_features`, to still tell of each other
-LENGTHS = np.array([2.2, 2.2, 2.2, 1.5, 3.0, 2.2, 4.5, 3.0, 1.5, 1.5, 1.0, 2.0, 3.0, 16.0])
-SPREAD, NOISE = 0.3, 0.02  # variances of the logarithm
-OFF_MS = 0.0007  # that the time of a kernel may be off by, as clocks tell whole microseconds
+LENGTHS = np.array([5.0, 2.2, 2.2, 0.7, 2.2, 7.0, 3.0, 1.5, 5.0, 1.5, 0.6, 10.0, 16.0])
+SPREAD, NOISE = 0.7, 0.02  # variances of the logarithm
+OFF_MS = 0.0001  # that the time of a kernel may be off by, as clocks tell whole microseconds
 CACHE = 65536  # elements, about what the nearest caches hold
 RESIDENT = 8e6  # bytes of weights, about what the last cache keeps from run to run
 TOLD = 3  # networks at least, to tell what one that does not fit takes longer
+FETCHING = 4.0  # times as long as in a dense convolution any weight takes to fetch, at most
 FOLDS = 5
 # what timing a kernel costs more than running it without a clock, or less than from one kernel to
 # the next; and what running a network at all may cost
 CLOCK_MS, ONCE_MS = np.arange(-0.006, 0.006, 0.00025), np.arange(0, 0.2, 0.01)
 # how firmly a network's calibration holds to its kernels' times, to no rest for each kernel, and to
 # the rest of each network
-RIDGE, HELD, HELD_ONCE = 0.2, 200.0, 5.0
+RIDGE, HELD, HELD_ONCE = 0.04, 30.0, 1.5
 SLOWEST, FEW = 50.0, 8  # times as long for an element as others, so few of a kind may take
-PEAK = 0.8  # of the least time for a multiply-accumulate that was seen, any takes at least
+PEAK = 0.6  # of the least time for a multiply-accumulate that was seen, any takes at least
 BLIND_MS, TIMED_MS = 0.002, 0.01  # what a profile's clock does not see, and what it tells well
 # what networks reach of a device's peak: between all and a tenth of it, a third in the middle
 REACHED, WORST = 3.0, 10.0
@@ -283,7 +284,7 @@ def _family(kernel: Kernel) -> str:
     if kernel.op in CONVOLUTIONS:
         depthwise = kernel.groups > 1 and kernel.groups == kernel.cin
         kind = "depthwise" if depthwise else "grouped" if kernel.groups > 1 else "dense"
-        if kernel.cin <= IMAGE:
+        if kernel.cin <= IMAGE and not depthwise:
             return "stem"
         return f"{kind}.gathered" if kernel.gathered and kind != "grouped" else kind
     if kernel.macs:
@@ -302,7 +303,7 @@ def _features(kernel: Kernel, weights: float) -> list[float]:
     moved = kernel.reads + kernel.writes + kernel.weights
     return [
         math.log2(inner), math.log2(kernel.cout), math.log2(kernel.height * kernel.width),
-        math.log2(kernel.kernel), float(kernel.stride > 1), math.log2(kernel.groups),
+        math.log2(kernel.kernel), math.log2(kernel.groups),
         float("add" in kernel.fused), float(any(kernel.activated)),
         float(kernel.op in ("Conv", "FusedConv", "Gemm")), math.log2(kernel.inside),
         math.log2(kernel.padding), float(kernel.cout % 8 > 0),
@@ -347,6 +348,7 @@ class _Kernels:
         resident: float,
         peak: float,
         prior: _Kernels | None,
+        fetching: float = math.inf,
     ) -> _Kernels:
         """To times of kernels, each in a network of so many `_weights`.
 
@@ -355,6 +357,7 @@ class _Kernels:
             prior: of kernels of all kinds without products, which bounds what one kind may take for
                 each element: a few small ones do not tell. None for those kernels themselves,
                 whose `Kernel.steps` do not count the same thing.
+            fetching: ms that an element of the weights takes at most to come from memory.
         """
         times = np.maximum([np.median(times) for times in seen.values()], LEAST_MS)
         parts = np.array([_physical(*key, resident) for key in seen])
@@ -364,6 +367,7 @@ class _Kernels:
             low[MACS] = PEAK * peak
         if len({weights for _, weights in seen if _fetched(weights, resident)}) < TOLD:
             parts[:, FETCHED] = 0.0
+        high[FETCHED] = fetching
         if prior is None:
             parts[:, STEPS] = 0.0
         elif not products and len(seen) < FEW:
@@ -465,8 +469,13 @@ def _fit(
          strict=True) if k.macs and ms > TIMED_MS), default=0.0,
     )  # fmt: skip
     other = _Kernels.fit(by_family.pop("other"), resident, peak, None)
-    families = {name: _Kernels.fit(seen, resident, peak, other) for name, seen in by_family.items()}
-    families["other"] = other
+    families = {"other": other}
+    fetching = math.inf
+    # dense convolutions first: few others fetch enough to tell what memory gives to all of them
+    for name in sorted(by_family, key=lambda name: name != "dense"):
+        families[name] = _Kernels.fit(by_family[name], resident, peak, other, fetching)
+        if name == "dense":
+            fetching = FETCHING * float(families[name].shares[FETCHED]) or math.inf
     rows = np.array([_shares(families, n.kernels) for n in networks])
     rows /= np.array([[n.total_ms] for n in networks])
     # ridge towards the kernels' own times: 20 networks tell little of five factors

@@ -80,7 +80,7 @@ def test_it_learns_a_device_from_its_networks(home):
     model = LatencyModel.load(target)
     off = []
     for kind in KINDS:
-        for seed in range(20, 24):
+        for seed in range(20, 32):
             with torch.device("meta"):
                 module, shape = probe(kind, seed)
             found = model.estimate(module, "fp32", [shape])
