@@ -40,9 +40,16 @@ def test_channels_fill_vectors_and_activations_are_told_apart():
     assert [Kernel("Conv", cout=n).padding for n in (16, 24, 8)] == [1, pytest.approx(4 / 3), 2]
     blocked = [Kernel("Conv.nchwc", n, 32, groups=g).padding for n, g in ((8, 1), (3, 1), (8, 8))]
     assert blocked == [2, 1, 1]  # an image is read as it comes
+    grouped = [Kernel("Conv", 48, 48, 3, groups=g).padding for g in (2, 3, 6)]
+    assert grouped == [pytest.approx(4 / 3), 1, 2]  # of each group's 24, 16 and 8
+    alone = [Kernel("QLinearConv", n, n, 3, groups=n).padding * n for n in (24, 28)]
+    assert alone[1] > 2 * alone[0]  # four channels that fill no vector
     assert Kernel("Conv", fused="add+exp", writes=5).activated == (5, 0)
     assert Kernel("Conv", fused="hardswish", writes=5).activated == (0, 5)
+    assert Kernel("Conv", fused="add+clip", writes=5).activated == (0, 5)  # another pass
     assert Kernel("Conv", fused="add+relu", writes=5).activated == (0, 0)
+    attention = Kernel("Subgraph", 2 * 32, 50, groups=4, height=50, writes=4 * 50 * 32)
+    assert attention.activated == (4 * 50 * 50, 0)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,15 @@ from torchvision.models import resnet18
 from edgekd.errors import TargetError
 from edgekd.latency.fusion import kernels_of
 from edgekd.latency.kernels import Kernel
-from edgekd.latency.model import CACHE, LatencyModel, _Kernels, fit_rows, leave_one_out
+from edgekd.latency.model import (
+    CACHE,
+    FETCHED,
+    FETCHING,
+    LatencyModel,
+    _Kernels,
+    fit_rows,
+    leave_one_out,
+)  # fmt: skip
 from edgekd.latency.probes import ProbeKind, probe
 from edgekd.latency.profiles import ProfileRow, append_rows, own_file
 from edgekd.latency.tracing import trace
@@ -118,6 +126,20 @@ def test_weights_that_the_cache_does_not_keep_are_fetched():
     few = {key: ms for key, ms in seen.items() if key[1] < of_network(4.0)}
     [same] = _Kernels.fit(few, 2e6, 1e-9, None).predict([gemms[2]], of_network(30.0))
     assert same < 1.5 * took(gemms[2], 0.7)  # one network that is too large does not tell
+
+
+def test_few_weights_that_are_fetched_cost_no_more_than_dense_ones_do(home, monkeypatch):
+    """One slow stem in a large network says nothing of what memory gives."""
+
+    def device(kernel: Kernel) -> float:
+        odd = 20.0 if kernel.cin == 3 and kernel.kernel > 5 else 1.0
+        return odd * law(kernel)
+
+    target = Target.load("host-onnxruntime")
+    monkeypatch.setattr("edgekd.latency.model.RESIDENT", 4e5)  # most networks are larger
+    families = fit_rows(rows(target, per_kind=5, law=device))["fp32"].families
+    dense, stem = (families[name].shares[FETCHED] for name in ("dense", "stem"))
+    assert 0 < stem <= FETCHING * dense
 
 
 def test_the_clocks_cost_is_found_and_left_out(home):
