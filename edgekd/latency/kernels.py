@@ -78,9 +78,10 @@ class Kernel(NamedTuple):
     def padding(self) -> float:
         """How many channels are computed for each that is wanted: vectors hold 16, of one group.
 
-        In a blocked layout those of the input too, but for the image's.
+        In a blocked layout those of the input too, but for the image's. Gathered ones that are
+        alone come in 8s, and what fills none singly.
         """
-        if self.gathered and self.groups == self.cin:  # those that fill no 8 are computed singly
+        if self.gathered and self.groups == self.cin:
             return 1 + SINGLY * (self.cin % 8) / self.cin
         grouped = 1 < self.groups < self.cin and self.op in CONVOLUTIONS
         padded = _padded(self.cout // self.groups if grouped else self.cout)
@@ -123,7 +124,7 @@ def _inside(side: int, kernel: int, stride: int) -> float:
     return taps / (side * kernel)
 
 
-SINGLY = 11.0  # times as long as in a vector a channel takes alone, more
+SINGLY = 11.0  # what a channel takes alone more than in a vector, in channels of a vector
 IMAGE = 4  # channels of an image at most
 EXPONENTIAL, HARD = {"exp", "sigmoid", "tanh"}, {"hardswish", "hardsigmoid", "clip"}
 CONVOLUTIONS = {"Conv", "Conv.nchwc", "FusedConv", "QLinearConv", "Convolution", "ConvTranspose"}

@@ -38,7 +38,7 @@ LEAST_NETWORKS = 5
 # how far apart two kernels may be, in each of `_features`, to still tell of each other
 LENGTHS = np.array([5.0, 2.2, 2.2, 0.7, 2.2, 7.0, 3.0, 1.5, 5.0, 1.5, 0.6, 10.0, 16.0])
 SPREAD, NOISE = 0.7, 0.02  # variances of the logarithm
-OFF_MS = 0.0001  # that the time of a kernel may be off by, as clocks tell whole microseconds
+OFF_MS = 0.0001  # that a kernel's median time may be off by, whose clock tells microseconds
 CACHE = 65536  # elements, about what the nearest caches hold
 RESIDENT = 8e6  # bytes of weights, about what the last cache keeps from run to run
 TOLD = 3  # networks at least, to tell what one that does not fit takes longer

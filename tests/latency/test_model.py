@@ -22,7 +22,7 @@ from edgekd.latency.model import (
     leave_one_out,
 )  # fmt: skip
 from edgekd.latency.probes import ProbeKind, probe
-from edgekd.latency.profiles import ProfileRow, append_rows, own_file
+from edgekd.latency.profiles import ProfileRow, append_rows, own_file, read_profile
 from edgekd.latency.tracing import trace
 from edgekd.models.resnet import resnet
 from edgekd.network import Network
@@ -128,18 +128,12 @@ def test_weights_that_the_cache_does_not_keep_are_fetched():
     assert same < 1.5 * took(gemms[2], 0.7)  # one network that is too large does not tell
 
 
-def test_few_weights_that_are_fetched_cost_no_more_than_dense_ones_do(home, monkeypatch):
-    """One slow stem in a large network says nothing of what memory gives."""
-
-    def device(kernel: Kernel) -> float:
-        odd = 20.0 if kernel.cin == 3 and kernel.kernel > 5 else 1.0
-        return odd * law(kernel)
-
-    target = Target.load("host-onnxruntime")
-    monkeypatch.setattr("edgekd.latency.model.RESIDENT", 4e5)  # most networks are larger
-    families = fit_rows(rows(target, per_kind=5, law=device))["fp32"].families
-    dense, stem = (families[name].shares[FETCHED] for name in ("dense", "stem"))
-    assert 0 < stem <= FETCHING * dense
+def test_few_weights_that_are_fetched_cost_about_what_dense_ones_do():
+    """Stems are in few networks that fetch: left alone, they tell of half a gigabyte a second."""
+    families = fit_rows(read_profile("intel-cpu"))["fp32"].families
+    most = FETCHING * families["dense"].shares[FETCHED]
+    assert 0 < most < 1e-6  # ms for four bytes
+    assert max(f.shares[FETCHED] for f in families.values()) < 1.001 * most
 
 
 def test_the_clocks_cost_is_found_and_left_out(home):
