@@ -81,7 +81,7 @@ class Kernel(NamedTuple):
         In a blocked layout those of the input too, but for the image's. Gathered ones that are
         alone come in 8s, and what fills none singly.
         """
-        if self.gathered and self.groups == self.cin:
+        if self.gathered and 1 < self.groups == self.cin:
             return 1 + SINGLY * (self.cin % 8) / self.cin
         grouped = 1 < self.groups < self.cin and self.op in CONVOLUTIONS
         padded = _padded(self.cout // self.groups if grouped else self.cout)

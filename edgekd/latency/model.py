@@ -480,8 +480,10 @@ def _fit(
     rows /= np.array([[n.total_ms] for n in networks])
     # ridge towards the kernels' own times: 20 networks tell little of five factors
     start = np.array([1.0] * len(GROUPS) + [0.0, networks[0].once_ms])
-    hold = np.diag([RIDGE**2] * len(GROUPS) + [HELD**2, HELD_ONCE**2])
-    shares = np.linalg.solve(rows.T @ rows + hold, rows.sum(axis=0) + hold @ start)
+    hold = np.array([RIDGE] * len(GROUPS) + [HELD, HELD_ONCE])
+    low = np.array([-np.inf] * (len(GROUPS) + 1) + [0.0])  # running a network costs no less than 0
+    left = np.concatenate([np.ones(len(rows)), hold * start])
+    shares = lsq_linear(np.vstack([rows, np.diag(hold)]), left, (low, np.inf), method="bvls").x
     return families, shares
 
 

@@ -44,6 +44,7 @@ def test_channels_fill_vectors_and_activations_are_told_apart():
     assert grouped == [pytest.approx(4 / 3), 1, 2]  # of each group's 24, 16 and 8
     alone = [Kernel("QLinearConv", n, n, 3, groups=n).padding * n for n in (24, 28)]
     assert alone[1] > 2 * alone[0]  # four channels that fill no vector
+    assert Kernel("QLinearConv", 1, 16, 3).padding == 1  # a grey image is not one channel alone
     assert Kernel("Conv", fused="add+exp", writes=5).activated == (5, 0)
     assert Kernel("Conv", fused="hardswish", writes=5).activated == (0, 5)
     assert Kernel("Conv", fused="add+clip", writes=5).activated == (0, 5)  # another pass

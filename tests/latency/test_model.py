@@ -136,6 +136,12 @@ def test_few_weights_that_are_fetched_cost_about_what_dense_ones_do():
     assert max(f.shares[FETCHED] for f in families.values()) < 1.001 * most
 
 
+@pytest.mark.parametrize("target", ["host-onnxruntime", "intel-cpu"])
+def test_running_a_network_costs_no_less_than_nothing(target):
+    for fit in fit_rows(read_profile(target)).values():
+        assert fit.shares[-1] >= 0
+
+
 def test_the_clocks_cost_is_found_and_left_out(home):
     target = Target.load("host-onnxruntime")
     for by_network in leave_one_out(rows(target)).values():
