@@ -239,7 +239,8 @@ def _conditions(rows: Sequence[_Row]) -> list[str]:
             + ("" if m.warm_up_steady else ", which did not get steady"),
             "no run thrown away",
             "± is half of the median's 95 % interval",
-            "quiet: without what others on the machine take, by a reference network in its turns"
+            "quiet: the median without what others on the machine take, by a reference network in "
+            "its turns"
             if m.quiet_ms is not None else "",
             _change("CPU", c.cpu_mhz_before, c.cpu_mhz_after, "MHz"),
             _change("GPU", c.gpu_mhz_before, c.gpu_mhz_after, "MHz"),

@@ -2,11 +2,11 @@
 
     python tools/bench_repeatability.py
 
-One file is measured again and again, each time in a process of its own, while another process
-keeps a core busy: the spread of what `profile` calls quiet (a tenth percentile of CPU time at the
-pace of a reference network), of the medians by CPU time, and by the wall clock. Then the
-layers of two networks in two runtimes, without that process. Figures go to
-docs/bench/repeatability.json. About eight minutes.
+Two networks in two runtimes: the layers beside the whole; then, while another process keeps a core
+busy, measured again and again, each time in a process of its own: the spread of what `profile`
+calls quiet (the median of CPU time, turn by turn at the pace of a reference network), of the
+medians of CPU time as they are, and of those by the wall clock. Figures go to
+docs/bench/repeatability.json. About fifteen minutes.
 """
 
 from __future__ import annotations
@@ -28,8 +28,7 @@ from edgekd.devices.local import LocalDevice
 from edgekd.devices.measure import measure_on
 from edgekd.files import write_atomically
 from edgekd.latency.measuring import RawFile, host_name, today
-from edgekd.latency.pace import quietest, slower_than_quiet
-from edgekd.runtimes.on_device.measure import quiet
+from edgekd.latency.pace import least_ever, quietest, reference_for
 
 RESULT = Path(__file__).parents[1] / "docs" / "bench" / "repeatability.json"
 TARGETS = ("host-onnxruntime", "intel-cpu")
@@ -38,22 +37,25 @@ SPINNING = "while True: pass"
 
 
 def medians(artifact: edgekd.Artifact, runs: int) -> dict[str, Any]:
-    """One measurement, as `profile` makes it: quiet, and the medians by either clock, in ms."""
+    """One measurement, as `profile` makes it: the medians, in ms and as a share of the pace."""
     target = edgekd.Target.load(artifact.target)
+    reference = reference_for([artifact.size_bytes])
     raw = measure_on(
         LocalDevice(), {artifact.sha256: artifact.path}, target=target, runs=runs, threads=1,
-        layers=False, lock_clocks=False, quietest_ms=quietest(target.runtime, host_name()),
+        layers=False, lock_clocks=False, reference=reference,
+        quietest_ms=quietest(target.runtime, host_name(), reference),
     )  # fmt: skip
     file: RawFile = raw.files[0]
     assert raw.conditions.reference_ms is not None
-    slower_than_quiet(
-        raw.conditions.reference_ms, f"{raw.runtime} {raw.runtime_version}", host_name()
+    least_ever(
+        raw.conditions.reference_ms, f"{raw.runtime} {raw.runtime_version}", host_name(), reference
     )
     return {
         "cpu_p50_ms": float(torch.tensor(file.cpu_ms).median()),
         "wall_p50_ms": float(torch.tensor(file.wall_ms).median()),
+        "reference": reference.file,
         "reference_ms": raw.conditions.reference_ms,
-        "quiet_ms": quiet(file.cpu_ms, file.copies),
+        "per_reference": file.per_reference,
         "runs": len(file.wall_ms),
     }
 
@@ -72,7 +74,7 @@ def repeatability(artifact: edgekd.Artifact, repeats: int, runs: int) -> dict[st
             busy.kill()
     return {
         "target": artifact.target, "n": repeats, "measurements": found,
-        "quiet_spread": spread([x["quiet_ms"] / x["reference_ms"] for x in found]),
+        "quiet_spread": spread([x["per_reference"] for x in found]),
         "cpu_spread": spread([x["cpu_p50_ms"] for x in found]),
         "wall_spread": spread([x["wall_p50_ms"] for x in found]),
     }  # fmt: skip
@@ -110,10 +112,9 @@ def main() -> None:
                 artifact = edgekd.export(net, target=target, out=Path(folder) / name / target)
                 rows["layers"].append({"network": name, **layers(artifact, options.runs)})
                 print(rows["layers"][-1], flush=True)
-                if name == "mobilenet_v2":
-                    found = repeatability(artifact, options.repeats, options.runs)
-                    rows["repeatability"].append({"network": name, **found})
-                    print(rows["repeatability"][-1], flush=True)
+                found = repeatability(artifact, options.repeats, options.runs)
+                rows["repeatability"].append({"network": name, **found})
+                print(rows["repeatability"][-1], flush=True)
     result = {
         "host": host_name(), "cores": os.cpu_count(), "load_average_before": load,
         "threads": 1, "precision": "fp32", "input": [1, 3, 224, 224], "seed": 0, "date": today(),

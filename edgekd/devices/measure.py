@@ -35,13 +35,15 @@ def measure_on(
     threads: int,
     layers: bool,
     lock_clocks: bool,
+    reference: pace.Reference | None = None,
     quietest_ms: float | None = None,
 ) -> RawMeasurement:
     """Copy the files there, each once, and time them in turns; what has arrived stays.
 
     Args:
         paths: of the model files, by their SHA-256.
-        quietest_ms: of the reference network there, see `latency/pace.py`.
+        reference, quietest_ms: a network to time in the same turns, and what it took there when
+            that was quietest, see `latency/pace.py`.
 
     Raises:
         TargetError: TensorRT's file has no script beside it that builds it.
@@ -60,24 +62,25 @@ def measure_on(
         "target": target.name, "runtime": target.runtime, "device": target.device,
         "providers": target.providers, "files": files, "runs": runs, "seconds": LONGEST_SECONDS,
         "threads": threads, "layers": layers, "lock_clocks": lock_clocks,
-        "reference": pace.FILE if pace.has_pace(target, threads) else None,
-        "quietest_ms": quietest_ms,
+        "reference": reference and reference.file, "quietest_ms": quietest_ms,
     }  # fmt: skip
     if facts.python is None:
         with Progress(f"measuring on {facts.host}", None):
             return measure_by_binary(link, job, paths, AGENT, facts)
-    return _by_agent(link, job, facts.host)
+    return _by_agent(link, job, reference, facts.host)
 
 
-def _by_agent(link: Device, job: dict[str, Any], host: str) -> RawMeasurement:
+def _by_agent(
+    link: Device, job: dict[str, Any], reference: pace.Reference | None, host: str
+) -> RawMeasurement:
     text = json.dumps(job)
     name = hashlib.sha256(text.encode()).hexdigest()[:12]
     given, result = f"job-{name}.json", f"measurement-{name}.json"
     with tempfile.TemporaryDirectory() as staged:
         for script in ON_DEVICE:
             shutil.copy(Path(on_device.__path__[0]) / script, staged)
-        if job["reference"]:
-            pace.write_reference(Path(staged) / pace.FILE)
+        if reference:
+            pace.write_reference(Path(staged) / reference.file, reference)
         (Path(staged) / given).write_text(text)
         link.push(Path(staged), AGENT)
         building = BUILD_SECONDS * len(job["files"]) if job["runtime"] == "tensorrt" else 0.0

@@ -246,7 +246,7 @@ def timed(paths: Mapping[Key, Path], runtime: str, threads: int) -> dict[Key, Ti
     """
     load = get_runtime(runtime).load
     with TemporaryDirectory() as folder:
-        reference = Path(folder) / pace.FILE
+        reference = Path(folder) / pace.NEAR.file
         pace.write_reference(reference)
         models = [
             [one_run(load(path, threads=threads)) for _ in range(COPIES)]

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from edgekd.errors import StateError, describe_invalid
 from edgekd.latency import layers
 from edgekd.latency.layers import LayerTime
-from edgekd.runtimes.on_device.measure import median_interval, quiet
+from edgekd.runtimes.on_device.measure import median_interval
 from edgekd.target import Precision, host_instruction_set
 
 Clock = Literal["wall", "cpu"]
@@ -93,9 +93,9 @@ class Measurement(_Frozen):
             the runtime does not tell.
         rest_ms, rest: p50_ms less the sum over the layers, and what it is.
         profiled_p50_ms: the median run while the layers were timed, by the same clock.
-        quiet_ms: what it takes on this host when nobody else disturbs it: `quiet` of its runs,
-            divided by how much longer a reference network took in the same turns than ever before
-            (`pace.py`, which says where there is none).
+        quiet_ms: what it takes on this host when nobody else disturbs it: its median, turn by turn
+            as a share of what a reference network took, times what that took when this host was
+            quietest (`pace.py`, which says where there is none).
         trust: "drift" where the last third of the runs differs from the first by more than noise,
             "throttled" where the clocks fell or the device got hotter as well.
         repeats: measurements before this one that were not steady.
@@ -154,7 +154,8 @@ class Profiled(_Frozen):
 class RawFile(_Frozen):
     """The timed runs of one file, in their order; `compute_ms` without the copies to a GPU.
 
-    `copies` of it were loaded, and took turns.
+    `copies` of it were loaded, and took turns; `per_reference` is their median, turn by turn as a
+    share of the reference network's, by CPU time.
     """
 
     file: str
@@ -166,6 +167,7 @@ class RawFile(_Frozen):
     wall_ms: Annotated[tuple[float, ...], Field(min_length=1)]
     cpu_ms: tuple[float, ...] = ()
     compute_ms: tuple[float, ...] = ()
+    per_reference: float | None = None
     throughput_per_s: float | None = None
     load_ms: float | None = None
     load_memory_mib: float | None = None
@@ -217,14 +219,14 @@ class RawMeasurement(_Frozen):
             raise StateError(f"{path} is not what measure.py writes: {said}") from None
 
     def measurements(
-        self, *, device: str, repeats: int = 0, pace: float | None = None
+        self, *, device: str, repeats: int = 0, quietest_ms: float | None = None
     ) -> list[Measurement]:
         """One for each file.
 
         Args:
             device: the address it was measured at; "local" is this machine.
             repeats: measurements before this one that were not steady.
-            pace: see `pace.py`.
+            quietest_ms: what the reference network took when this host was quietest.
         """
         here, arm = device == "local", self.machine.machine in ("aarch64", "arm64")
         there = self.machine.model or self.machine.node
@@ -245,7 +247,7 @@ class RawMeasurement(_Frozen):
                 else "neon" if arm else self.machine.machine,
                 compared=tuple(other.sha256 for other in self.files),
                 origin="host" if here else "device", device=device, repeats=repeats,
-                quiet_ms=None if pace is None else quiet(file.cpu_ms, file.copies) / pace,
+                quiet_ms=quietest_ms and file.per_reference and quietest_ms * file.per_reference,
             )
             for file in self.files
         ]  # fmt: skip

@@ -2,13 +2,16 @@
 
 Others on the same machine take caches, memory bandwidth and half of a core: for seconds or minutes
 everything takes a tenth longer. A network that runs in turns with another takes as much longer, so
-that their ratio holds where neither's own time does.
+that their ratio holds where neither's own time does. If it is alike: what others take of the last
+cache reaches weights that only that one keeps, and neither smaller ones nor those it cannot keep.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -21,10 +24,30 @@ from edgekd.files import write_atomically
 from edgekd.latency.profiles import own_folder
 from edgekd.target import Target
 
-FILE = "reference.onnx"
-SIDE = 96
-# blocks of a pointwise, a depthwise and a pointwise convolution: channels in and out, stride
-BLOCKS = ((32, 32, 1), (32, 64, 2), (64, 64, 1), (64, 128, 2), (128, 128, 1))
+
+class Reference(NamedTuple):
+    """A small CNN of 2 to 5 ms on a desktop.
+
+    Attributes:
+        side: of its images.
+        blocks: channels in and out, and stride, of each block of a pointwise, a depthwise and a
+            pointwise convolution.
+    """
+
+    file: str
+    side: int
+    blocks: tuple[tuple[int, int, int], ...]
+
+
+NEAR = Reference(
+    "reference.onnx", 96, ((32, 32, 1), (32, 64, 2), (64, 64, 1), (64, 128, 2), (128, 128, 1))
+)
+# of 12 MB of weights
+FAR = Reference(
+    "far_reference.onnx", 56,
+    ((32, 160, 2), *[(160, 160, 1)] * 3, (160, 320, 2), *[(320, 320, 1)] * 2),
+)  # fmt: skip
+IN_LAST_CACHE = (2e6, 32e6)  # bytes of a file whose weights only a last cache keeps
 RUNTIMES = ("onnxruntime", "openvino")  # that read it
 
 
@@ -34,10 +57,16 @@ def has_pace(target: Target, threads: int) -> bool:
     return target.runtime in RUNTIMES and on_cpu and threads == 1
 
 
-def slower_than_quiet(reference_ms: float, runtime: str, host: str) -> float:
-    """How many times as long the reference takes now as when this host was quietest.
+def reference_for(sizes: Sequence[int]) -> Reference:
+    """That for files of so many bytes, which are timed in turns: one for all of a comparison."""
+    low, high = IN_LAST_CACHE
+    return FAR if any(low <= size <= high for size in sizes) else NEAR
 
-    What is quietest is kept in `$EDGEKD_HOME/pace.json`, from measurement to measurement.
+
+def least_ever(reference_ms: float, runtime: str, host: str, reference: Reference) -> float:
+    """What the reference took when this host was quietest, now or before, in ms.
+
+    It is kept in `$EDGEKD_HOME/pace.json`, from measurement to measurement.
 
     Args:
         reference_ms: what it took now, see `quiet` in measure.py.
@@ -46,25 +75,29 @@ def slower_than_quiet(reference_ms: float, runtime: str, host: str) -> float:
     Raises:
         StateError: that file is not what this wrote.
     """
-    known, key = _kept(), f"{runtime} on {host}"
+    known, key = _kept(), f"{runtime}{_on(host, reference)}"
     least = min(reference_ms, known.get(key, reference_ms))
     if known.get(key) != least:
         path = _file()
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(known | {key: least}, indent=1) + "\n")
-    return reference_ms / least
+    return least
 
 
-def quietest(runtime: str, host: str) -> float | None:
+def quietest(runtime: str, host: str, reference: Reference) -> float | None:
     """What the reference took when this host was quietest, with any version of the runtime.
 
     None where it was never measured there.
     """
     took = [
         ms for key, ms in _kept().items()
-        if key.startswith(f"{runtime} ") and key.endswith(f" on {host}")
+        if key.startswith(f"{runtime} ") and key.endswith(_on(host, reference))
     ]  # fmt: skip
     return min(took, default=None)
+
+
+def _on(host: str, reference: Reference) -> str:
+    return f" on {host}{' (far)' if reference is FAR else ''}"
 
 
 def _file() -> Path:
@@ -83,8 +116,8 @@ class _Known(RootModel[dict[str, float]]):
     """runtime and host -> ms."""
 
 
-def write_reference(path: Path) -> None:
-    """The reference network, the same bytes everywhere: a small CNN of 2 ms or so on a desktop."""
+def write_reference(path: Path, reference: Reference = NEAR) -> None:
+    """The reference network, the same bytes everywhere."""
     draw = np.random.default_rng(0)
     nodes: list[onnx.NodeProto] = []
     weights: list[onnx.TensorProto] = []
@@ -110,7 +143,7 @@ def write_reference(path: Path) -> None:
         return name
 
     x = unary("Relu", conv("input", 3, 32, 3, 2))
-    for cin, cout, stride in BLOCKS:
+    for cin, cout, stride in reference.blocks:
         wide = 3 * cin
         y = unary("Relu", conv(x, cin, wide, 1))
         y = unary("Relu", conv(y, wide, wide, 3, stride, groups=wide))
@@ -118,7 +151,7 @@ def write_reference(path: Path) -> None:
         x = unary("Add", x, y) if cin == cout else y
     x = unary("Relu", conv(x, cout, cout, 3))
     unary("GlobalAveragePool", x, name="output")
-    ends = {"input": [1, 3, SIDE, SIDE], "output": [1, cout, 1, 1]}
+    ends = {"input": [1, 3, reference.side, reference.side], "output": [1, cout, 1, 1]}
     given, made = (
         helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
         for name, shape in ends.items()

@@ -9,7 +9,7 @@ from edgekd.devices.base import Device, get_device
 from edgekd.devices.measure import measure_on
 from edgekd.errors import TargetError
 from edgekd.latency.measuring import Measurement, host_name
-from edgekd.latency.pace import quietest, slower_than_quiet
+from edgekd.latency.pace import has_pace, least_ever, quietest, reference_for
 from edgekd.reporting.progress import console
 from edgekd.runtimes.base import Artifact, fingerprint, get_runtime
 from edgekd.runtimes.on_device.measure import MOST_RUNS
@@ -74,23 +74,25 @@ def profile_together(
             )
         get_runtime(target.runtime).version()  # a missing package names its extra
     paths = [a.path if isinstance(a, Artifact) else Path(a) for a in artifacts]
-    hashes = [fingerprint(path)[0] for path in paths]
+    hashes, sizes = zip(*map(fingerprint, paths), strict=True)
+    reference = reference_for(sizes) if has_pace(target, threads) else None
     where = host_name() if link.address == "local" else link.address
     for repeats in range(REPEATS + 1):
         raw = measure_on(
             link, dict(zip(hashes, paths, strict=True)), target=target, runs=runs,
             threads=threads, layers=layers, lock_clocks=lock_clocks,
-            quietest_ms=quietest(target.runtime, where),
+            reference=reference,
+            quietest_ms=reference and quietest(target.runtime, where, reference),
         )  # fmt: skip
-        now = raw.conditions.reference_ms
-        pace = now and slower_than_quiet(now, f"{raw.runtime} {raw.runtime_version}", where)
-        measured = raw.measurements(device=link.address, repeats=repeats, pace=pace)
+        now, version = raw.conditions.reference_ms, f"{raw.runtime} {raw.runtime_version}"
+        least = now and reference and least_ever(now, version, where, reference)
+        measured = raw.measurements(device=link.address, repeats=repeats, quietest_ms=least)
         found = {m.sha256: m for m in measured}
         if all(m.trust == "steady" for m in found.values()):
             break
         if repeats < REPEATS:
             console.print(f"{target.name}: {_unsteady(list(found.values()))}; measuring again")
-    asked = {"compared": tuple(hashes), "runs_asked": runs}
+    asked = {"compared": hashes, "runs_asked": runs}
     return [found[digest].model_copy(update=asked) for digest in hashes]
 
 

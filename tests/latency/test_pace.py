@@ -9,20 +9,32 @@ import onnx
 import pytest
 
 from edgekd.errors import StateError
-from edgekd.latency.pace import RUNTIMES, has_pace, slower_than_quiet, write_reference
+from edgekd.latency.pace import (
+    FAR,
+    NEAR,
+    RUNTIMES,
+    Reference,
+    has_pace,
+    least_ever,
+    quietest,
+    reference_for,
+    write_reference,
+)
 from edgekd.runtimes.base import get_runtime
-from edgekd.runtimes.on_device.measure import TURN_RUNS, quiet
+from edgekd.runtimes.on_device.measure import TURN_RUNS, per_reference, quiet
 from edgekd.target import Target, target_names
 
 
-def test_all_its_runtimes_compute_the_reference_alike(tmp_path):
-    path = tmp_path / "reference.onnx"
-    write_reference(path)
+@pytest.mark.parametrize("reference", [NEAR, FAR])
+def test_all_its_runtimes_compute_the_reference_alike(tmp_path, reference: Reference):
+    path = tmp_path / reference.file
+    write_reference(path, reference)
     onnx.checker.check_model(str(path), full_check=True)
     first = path.read_bytes()
-    write_reference(path)
+    write_reference(path, reference)
     assert path.read_bytes() == first
-    image = [np.random.default_rng(0).standard_normal((1, 3, 96, 96), dtype=np.float32)]
+    side = reference.side
+    image = [np.random.default_rng(0).standard_normal((1, 3, side, side), dtype=np.float32)]
     a, b = (get_runtime(name).load(path, threads=1)(image)[0] for name in RUNTIMES)
     assert np.abs(a).max() > 0.1
     np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
@@ -38,18 +50,24 @@ def test_only_what_runs_on_a_cpu_has_a_pace():
 
 def test_the_least_ever_seen_is_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("EDGEKD_HOME", str(tmp_path))
-    seen = [slower_than_quiet(ms, "onnxruntime 1.31", "here") for ms in (3.0, 2.0, 2.5)]
-    assert seen == [1.0, 1.0, 1.25]
-    assert slower_than_quiet(9.0, "openvino 2026.4", "here") == 1.0  # another's
-    assert slower_than_quiet(9.0, "onnxruntime 1.31", "ssh://pi") == 1.0
+    seen = [least_ever(ms, "onnxruntime 1.31", "here", NEAR) for ms in (3.0, 2.0, 2.5)]
+    assert seen == [3.0, 2.0, 2.0]
+    others = [("openvino 2026.4", "here", NEAR), ("onnxruntime 1.31", "ssh://pi", NEAR),
+              ("onnxruntime 1.31", "here", FAR)]  # fmt: skip
+    assert [least_ever(9.0 + i, *each) for i, each in enumerate(others)] == [9.0, 10.0, 11.0]
+    assert least_ever(1.5, "onnxruntime 1.32", "here", NEAR) == 1.5
     assert json.loads((tmp_path / "pace.json").read_text())["onnxruntime 1.31 on here"] == 2.0
+    # of any version
+    assert quietest("onnxruntime", "here", NEAR) == 1.5
+    assert quietest("onnxruntime", "here", FAR) == 11.0
+    assert quietest("onnxruntime", "ssh://nano", NEAR) is None
 
 
 def test_a_broken_file_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("EDGEKD_HOME", str(tmp_path))
     (tmp_path / "pace.json").write_text('{"a": "quick"}')
     with pytest.raises(StateError, match=r"pace\.json .* remove it"):
-        slower_than_quiet(1.0, "onnxruntime", "here")
+        least_ever(1.0, "onnxruntime", "here", NEAR)
 
 
 def test_copies_count_alike_whichever_is_fast():
@@ -57,3 +75,23 @@ def test_copies_count_alike_whichever_is_fast():
     turns = [[1.0 + copy] * (TURN_RUNS - 1) + [9.0] for _ in range(10) for copy in (0, 1)]
     assert quiet([ms for turn in turns for ms in turn], 2) == pytest.approx(1.5)
     assert quiet([4.0, 2.0, 3.0]) == 2.0
+
+
+def test_weights_that_only_the_last_cache_keeps_have_a_reference_alike(tmp_path):
+    write_reference(tmp_path / "far.onnx", FAR)
+    write_reference(tmp_path / "near.onnx")
+    assert reference_for([(tmp_path / "far.onnx").stat().st_size]) is FAR
+    assert reference_for([(tmp_path / "near.onnx").stat().st_size]) is NEAR
+    assert reference_for([45_000_000]) is NEAR
+    assert reference_for([45_000_000, 11_000_000]) is FAR  # one for all of a comparison
+
+
+def test_what_disturbs_both_does_not_reach_their_ratio():
+    pace = np.repeat([1.0, 1.3, 1.0, 1.1, 1.6, 1.2, 1.0], TURN_RUNS)
+    reference = list(2.0 * pace)
+    ours = 3.0 * pace
+    ours[::TURN_RUNS] *= 4  # one run of each turn was interrupted
+    assert np.median(ours) > 3.3
+    assert per_reference(list(ours), reference) == pytest.approx(1.5)
+    # the last turn may be a short one
+    assert per_reference(list(ours[:-2]), reference[:-2]) == pytest.approx(1.5)

@@ -77,6 +77,18 @@ def quiet(samples, copies=1):
     return sum(sorted(each)[len(each) // 10] for each in of if each) / sum(map(bool, of))
 
 
+def per_reference(samples, reference):
+    """What a run takes, as a share of the reference network's in the same turn: the median.
+
+    Taken turn by turn, since what disturbs both lasts for seconds.
+    """
+    turns = [
+        [median(each[at : at + TURN_RUNS]) for at in range(0, len(each), TURN_RUNS)]
+        for each in (samples, reference)
+    ]
+    return median([ours / theirs for ours, theirs in zip(*turns)])
+
+
 def median_interval(samples):
     """The 95 % interval of the median, by order statistics: no distribution is assumed.
 
@@ -512,7 +524,10 @@ def measure_in_process(job, paths):
     conditions = watch.conditions()
     if reference:
         cpu_ms = found.pop()["cpu_ms"]
-        conditions["reference_ms"] = quiet(cpu_ms, copies) if has_cpu_clock() else None
+        if has_cpu_clock():
+            conditions["reference_ms"] = quiet(cpu_ms, copies)
+            for each in found:
+                each["per_reference"] = per_reference(each["cpu_ms"], cpu_ms)
     for index, (path, each) in enumerate(zip(paths, found)):
         each.update(load_ms=loads[index], load_memory_mib=memories[index][0],
                     peak_memory_mib=memories[index][1])  # fmt: skip
