@@ -21,7 +21,7 @@ from edgekd.latency.pace import (
     write_reference,
 )
 from edgekd.runtimes.base import get_runtime
-from edgekd.runtimes.on_device.measure import TURN_RUNS, per_reference, quiet
+from edgekd.runtimes.on_device.measure import TURN_RUNS, by_turns, median, paced, quiet, settled
 from edgekd.target import Target, target_names
 
 
@@ -92,6 +92,18 @@ def test_what_disturbs_both_does_not_reach_their_ratio():
     ours = 3.0 * pace
     ours[::TURN_RUNS] *= 4  # one run of each turn was interrupted
     assert np.median(ours) > 3.3
-    assert per_reference(list(ours), reference) == pytest.approx(1.5)
+    assert median(by_turns(list(ours), reference)) == pytest.approx(1.5)
     # the last turn may be a short one
-    assert per_reference(list(ours[:-2]), reference[:-2]) == pytest.approx(1.5)
+    assert median(by_turns(list(ours[:-2]), reference[:-2])) == pytest.approx(1.5)
+
+
+def test_quiet_times_are_known_once_their_share_is_and_the_host_is_quiet():
+    def timed(turns: int, ms: float = 2.0) -> list[tuple[list[float], list[float]]]:
+        """Ours, whose turns differ and whose runs in a turn do not; the reference beside it."""
+        ours = np.repeat(np.tile([2.9, 3.1, 3.0, 2.8, 3.2], turns // 5), TURN_RUNS)
+        return [([], list(ours)), ([], [ms] * len(ours))]
+
+    assert settled(timed(40)[0][1]) and not paced(timed(40), 2.0, 1)  # by 40 turns, not 200 runs
+    assert paced(timed(400), 2.0, 1)
+    assert not paced(timed(400, ms=2.1), 2.0, 1)  # disturbed
+    assert not paced(timed(400), None, 1)  # nothing is known of this host

@@ -77,16 +77,13 @@ def quiet(samples, copies=1):
     return sum(sorted(each)[len(each) // 10] for each in of if each) / sum(map(bool, of))
 
 
-def per_reference(samples, reference):
-    """What a run takes, as a share of the reference network's in the same turn: the median.
-
-    Taken turn by turn, since what disturbs both lasts for seconds.
-    """
+def by_turns(samples, reference):
+    """The median run of each turn, as a share of the reference network's in the same turn."""
     turns = [
         [median(each[at : at + TURN_RUNS]) for at in range(0, len(each), TURN_RUNS)]
         for each in (samples, reference)
     ]
-    return median([ours / theirs for ours, theirs in zip(*turns)])
+    return [ours / theirs for ours, theirs in zip(*turns)]
 
 
 def median_interval(samples):
@@ -121,6 +118,14 @@ def disturbed(reference_ms, quietest_ms, copies):
     None is known of a host that was not measured before: it counts as disturbed.
     """
     return quietest_ms is None or quiet(reference_ms, copies) > AT_REST * quietest_ms
+
+
+def paced(timed, quietest_ms, copies):
+    """Whether CPU times are known beside the reference network's, the last of those timed."""
+    *others, (_, reference_ms) = timed
+    return not disturbed(reference_ms, quietest_ms, copies) and all(
+        settled(by_turns(cpu_ms, reference_ms)) for _, cpu_ms in others
+    )
 
 
 def clock_of(timed, threads):
@@ -514,8 +519,8 @@ def measure_in_process(job, paths):
         models[-1] += [open_model(job, path) for _ in range(copies - 1)]
 
     def restless(timed):
-        _, cpu_ms = timed[-1]
-        return bool(reference) and disturbed(cpu_ms, job.get("quietest_ms"), copies)
+        quietest_ms = job.get("quietest_ms")
+        return bool(reference) and has_cpu_clock() and not paced(timed, quietest_ms, copies)
 
     with Watch(in_process=True) as watch:
         found = time_in_turns(
@@ -527,7 +532,7 @@ def measure_in_process(job, paths):
         if has_cpu_clock():
             conditions["reference_ms"] = quiet(cpu_ms, copies)
             for each in found:
-                each["per_reference"] = per_reference(each["cpu_ms"], cpu_ms)
+                each["per_reference"] = median(by_turns(each["cpu_ms"], cpu_ms))
     for index, (path, each) in enumerate(zip(paths, found)):
         each.update(load_ms=loads[index], load_memory_mib=memories[index][0],
                     peak_memory_mib=memories[index][1])  # fmt: skip
