@@ -6,6 +6,7 @@ its checkpoint ends in the same weights as one that was not; on a CPU, bit for b
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import time
@@ -21,6 +22,7 @@ from torch.fx import GraphModule
 from edgekd.data.base import BatchSource, evaluation_batches, train_steps, training_batches
 from edgekd.errors import TrainingError
 from edgekd.network import Network
+from edgekd.quantization.batchnorm import BatchNorms
 from edgekd.quantization.capture import arguments, move
 from edgekd.quantization.layers import layers
 from edgekd.quantization.placement import input_scales, training_graph
@@ -29,6 +31,7 @@ from edgekd.rundir import RunDir
 from edgekd.tasks.base import Score, Task
 
 CHECKPOINT_SECONDS = 20.0
+STATISTICS_BATCHES = 8  # that the batch normalisation of a quantized network starts from
 WARM_UP = 0.05  # share of the run in which the learning rate rises from 0
 
 # (inputs, targets, outputs) -> name of the term -> its share of the loss
@@ -81,14 +84,23 @@ def fit(
     """
     move(net.module, on.device).to(memory_format=_memory_format(net))
     fixed: list[Tensor] = []
-    trained = net.module
+    trained, norms = net.module, None
     if net.scheme is not None:
         assert isinstance(net.module, GraphModule)
         fixed = input_scales(net.module)
         trained = training_graph(net.module)
+        batches = training_batches(data, batch_size=batch_size, seed=seed, epoch=0, keyed=keyed)
+        first = itertools.islice(batches, STATISTICS_BATCHES)
+        norms = BatchNorms(
+            trained, [tuple(x.to(on.device) for x in net.io.divide(batch)[0]) for batch in first]
+        )
     for scale in fixed:
         scale.requires_grad_(False)
-    learnt = terms if isinstance(terms, torch.nn.Module) else torch.nn.Module()
+    learnt = torch.nn.ModuleDict()  # beside the network
+    if isinstance(terms, torch.nn.Module):
+        learnt["terms"] = terms
+    if norms is not None:
+        learnt["batchnorms"] = norms
     learnt.to(on.device)
     optimizer = _optimizer(net, learnt, lr, weight_decay)
     state = run.load_checkpoint() if run else None
@@ -97,11 +109,11 @@ def fit(
     if state is not None:
         step, count, sums = state["step"], state["count"], state["sums"]
         net.load_state(state["net"], "last.ckpt")
-        learnt.load_state_dict(state["terms"])
+        learnt.load_state_dict(state["learnt"])
         optimizer.load_state_dict(state["optimizer"])
     module = on.setup_module(trained)
-    if any(True for _ in learnt.parameters()):
-        terms = on.setup_module(learnt)
+    if isinstance(terms, torch.nn.Module) and any(True for _ in terms.parameters()):
+        terms = on.setup_module(terms)
     stepper = on.setup_optimizers(optimizer)
     assert not isinstance(stepper, tuple)
 
@@ -114,7 +126,7 @@ def fit(
                     "count": count,
                     "sums": sums,
                     "net": weights,
-                    "terms": learnt.state_dict(),
+                    "learnt": learnt.state_dict(),
                     "optimizer": optimizer.state_dict(),
                 }
             )
@@ -141,6 +153,8 @@ def fit(
                     group["lr"] = lr * _schedule(share) * group["size"]
                 for scale in learnt_scales:
                     scale.requires_grad_(share < freeze_scales)
+                if norms is not None:
+                    norms.at(share)
                 torch.manual_seed(seed * 1_000_003 + epoch * 100_003 + index)
                 batch = tuple(t[on.global_rank :: on.world_size].to(on.device) for t in batch)
                 inputs, targets = net.io.divide(batch)
@@ -170,6 +184,8 @@ def fit(
             saved_at = time.monotonic()
     for scale in (*learnt_scales, *fixed):
         scale.requires_grad_(True)
+    if norms is not None:
+        norms.fold()
     # as it will be when it is loaded: kernels and captured graphs depend on the memory format
     move(net.module, "cpu").to(memory_format=torch.contiguous_format)
     net.train_mode(False)

@@ -236,6 +236,7 @@ def fold_batchnorm(graph_module: GraphModule) -> int:
         _fold(graph_module, layer, factor, shift)
         # the output is BatchNorm's now, for whoever looks for it by its module path
         layer.meta["nn_module_stack"] = bn.meta.get("nn_module_stack")
+        layer.meta["had_batchnorm"] = True
         bn.replace_all_uses_with(layer)
         graph_module.graph.erase_node(bn)
         folded += 1
