@@ -163,6 +163,7 @@ class QuantizeSection(_Learning):
     lr: Positive = 1e-3
     weight_decay: NotNegative = 1e-4
     freeze_scales: Share = 1.0
+    batchnorm: Share = 0.0
 
 
 class VerifySection(_Section):

@@ -57,6 +57,7 @@ def fit(
     lr: float,
     weight_decay: float,
     freeze_scales: float = 1.0,
+    batchnorm: float = 0.0,
     seed: int,
     on: Fabric,
     label: str,
@@ -76,6 +77,8 @@ def fit(
         weight_decay: of weights; not of biases, normalisation and quantizers.
         freeze_scales: share of the run behind which a quantized network's scales stay; its weights
             then settle on a grid that does not move.
+        batchnorm: share of the run in which a quantized network's layers have their batch
+            normalisation back, with each batch's statistics, see `quantization/batchnorm.py`.
         label: what the progress bar says.
         run: where the log and the checkpoint go; None writes nothing.
 
@@ -89,11 +92,12 @@ def fit(
         assert isinstance(net.module, GraphModule)
         fixed = input_scales(net.module)
         trained = training_graph(net.module)
-        batches = training_batches(data, batch_size=batch_size, seed=seed, epoch=0, keyed=keyed)
-        first = itertools.islice(batches, STATISTICS_BATCHES)
-        norms = BatchNorms(
-            trained, [tuple(x.to(on.device) for x in net.io.divide(batch)[0]) for batch in first]
-        )
+        if batchnorm:
+            some = training_batches(data, batch_size=batch_size, seed=seed, epoch=0, keyed=keyed)
+            norms = BatchNorms(trained, [
+                tuple(x.to(on.device) for x in net.io.divide(batch)[0])
+                for batch in itertools.islice(some, STATISTICS_BATCHES)
+            ])  # fmt: skip
     for scale in fixed:
         scale.requires_grad_(False)
     learnt = torch.nn.ModuleDict()  # beside the network
@@ -154,7 +158,7 @@ def fit(
                 for scale in learnt_scales:
                     scale.requires_grad_(share < freeze_scales)
                 if norms is not None:
-                    norms.at(share)
+                    norms.train(share < batchnorm)
                 torch.manual_seed(seed * 1_000_003 + epoch * 100_003 + index)
                 batch = tuple(t[on.global_rank :: on.world_size].to(on.device) for t in batch)
                 inputs, targets = net.io.divide(batch)

@@ -6,7 +6,7 @@
 
 The teacher and the student of `bench_classifier` that learnt from labels only. The student is put
 in the integers of a target: post-training, and distilled from the teacher for as many epochs as it
-was trained. Every arm is a folder in runs/: killed and started again, the same command goes on.
+was trained, with batch normalisation for four fifths of them. Every arm is a folder in runs/: killed and started again, the same command goes on.
 Figures go to docs/bench/qad.json, shares of the same 10,000 test images with 95 % intervals over
 the seeds; targets that share a scheme share its arms.
 """
@@ -68,8 +68,8 @@ def in_float(seed: int, run: RunDir) -> edgekd.Network:
 def distilled(net: edgekd.Network, target: str, seed: int, run: RunDir) -> edgekd.Network:
     """In the target's integers, from the teacher."""
     return edgekd.quantize(
-        net, target=target, task=task, data=data, teacher=teacher().net, epochs=EPOCHS,
-        cache=RUNS / "cache", seed=seed, run=run,
+        net, target=target, task=task, data=data, teacher=teacher().net, epochs=EPOCHS, lr=1e-2,
+        batchnorm=0.8, cache=RUNS / "cache", seed=seed, run=run,
     )  # fmt: skip
 
 

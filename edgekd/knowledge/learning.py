@@ -50,6 +50,7 @@ def learn(
     label: str,
     run: RunDir | None,
     freeze_scales: float = 1.0,
+    batchnorm: float = 0.0,
 ) -> None:
     """Train `student` in place; the keywords are those of `distill`.
 
@@ -85,7 +86,8 @@ def learn(
         )
         fit(
             student, terms=terms, data=data, keyed=keyed, epochs=epochs, batch_size=batch_size,
-            lr=lr, weight_decay=weight_decay, freeze_scales=freeze_scales, seed=seed, on=on,
+            lr=lr, weight_decay=weight_decay, freeze_scales=freeze_scales, batchnorm=batchnorm,
+            seed=seed, on=on,
             label=label, run=run,
         )  # fmt: skip
 

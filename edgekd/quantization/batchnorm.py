@@ -10,8 +10,8 @@ trained:
     γ · (s · Σ q x + b − μ) / σ + β  =  (s γ / σ) · Σ q x + (b − μ) γ / σ + β
 
 So nothing is computed twice, as it is where each step folds (Jacob et al. 2018 §3.2,
-arXiv:1712.05877). For the last part of the training its statistics stay (Krishnamoorthi 2018
-§3.2.2, arXiv:1806.08342), and scales settle on what the device will see.
+arXiv:1712.05877). In the last part of a training its statistics should stay (Krishnamoorthi 2018
+§3.2.2, arXiv:1806.08342), so that scales settle on what the device will see.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from torch.fx import GraphModule
 
 from edgekd.quantization.layers import Inputs, Layer, layers
 
-FROZEN = 0.2  # share of the training, at its end, in which statistics stay
 EPS, MOMENTUM = 1e-5, 0.1  # as in torch
 
 
@@ -56,10 +55,6 @@ class BatchNorms(nn.Module):
 
     def _norms(self) -> list[_BatchNorm]:
         return [norm for norm in self.each if isinstance(norm, _BatchNorm)]
-
-    def at(self, share: float) -> None:
-        """Set for the training of which `share` is behind, 0 to 1."""
-        self.train(share < 1 - FROZEN)
 
     @torch.no_grad()
     def fold(self) -> None:

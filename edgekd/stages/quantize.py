@@ -56,6 +56,7 @@ def quantize(
     lr: float = 1e-3,
     weight_decay: float = 1e-4,
     freeze_scales: float = 1.0,
+    batchnorm: float = 0.0,
     seed: int = 0,
     accelerator: str = "auto",
     run: RunDir | None = None,
@@ -85,6 +86,11 @@ def quantize(
             `run`, the table of all layers is in its `sensitivity.json`.
         freeze_scales: share of the training behind which scales stay as they are; 1: they learn
             to its end.
+        batchnorm: share of the training in which layers that had a BatchNorm have it again, with
+            each batch's statistics, see `quantization/batchnorm.py`; 0: it is folded from the
+            start, which trains a step cheaper. It is for long trainings on the student's own data:
+            with 0.8 and `lr` 1e-2 a student learns in integers about what it would in float. A few
+            hundred images would spoil the statistics.
         hints, hint_weight, hint_loss, cache: see `distill`; paths are those of the float network.
 
     Raises:
@@ -139,7 +145,7 @@ def quantize(
             student, original=net.module, task=task, data=data, teacher=teacher, alpha=alpha,
             hints=hints, hint_weight=hint_weight, hint_loss=hint_loss, cache=cache, epochs=epochs,
             batch_size=batch_size, lr=lr, weight_decay=weight_decay, seed=seed, on=on,
-            freeze_scales=freeze_scales,
+            freeze_scales=freeze_scales, batchnorm=batchnorm,
             label="quantized training" if teacher is None else "quantized distilling", run=run,
         )  # fmt: skip
     settle(graph, integer_bias=target.scheme.bias == "int32")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from edgekd.network import Network
-from edgekd.quantization.batchnorm import FROZEN, BatchNorms
+from edgekd.quantization.batchnorm import BatchNorms
 from edgekd.quantization.fake_quant import FakeQuant
 from edgekd.quantization.layers import layers
 from edgekd.quantization.placement import training_graph
@@ -117,20 +117,19 @@ def test_what_was_trained_is_what_is_left_when_it_is_folded(
         assert torch.equal(q.abs(), old.abs())
 
 
-def test_channels_are_normalized_by_their_batch_until_the_end_is_near(host: Target):
+def test_channels_are_normalized_by_their_batch_until_statistics_stay(host: Target):
     trained = training_graph(placed("convolutions", host))
     norms = BatchNorms(trained, [(IMAGES,)])
     norm = norms.each[0]
     seen: list[Tensor] = []
     norm.register_forward_hook(lambda _, __, out: seen.append(out.detach()))
-    means = []
-    for share in (0.0, 0.99 - FROZEN, 1 - FROZEN, 1.0):
-        norms.at(share)
+    for by_batch in (True, False):
+        norms.train(by_batch)
         before = norm.mean.clone()
         trained(3 * IMAGES)
-        means.append(norm.mean.clone())
-        by_batch = torch.allclose(seen[-1].mean((0, 2, 3)), norm.shift, rtol=1e-3, atol=1e-4)
-        assert by_batch == (share < 1 - FROZEN) == (not torch.equal(before, norm.mean))
+        means = seen[-1].mean((0, 2, 3))
+        assert torch.allclose(means, norm.shift, rtol=1e-3, atol=1e-4) == by_batch
+        assert torch.equal(before, norm.mean) != by_batch
 
 
 def test_a_channel_that_is_dead_and_a_batch_of_one_value_leave_numbers(host: Target):
