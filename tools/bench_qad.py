@@ -6,9 +6,10 @@
 
 The teacher and the student of `bench_classifier` that learnt from labels only. The student is put
 in the integers of a target: post-training, and distilled from the teacher for as many epochs as it
-was trained, with batch normalisation for four fifths of them. Every arm is a folder in runs/: killed and started again, the same command goes on.
-Figures go to docs/bench/qad.json, shares of the same 10,000 test images with 95 % intervals over
-the seeds; targets that share a scheme share its arms.
+was trained, with batch normalisation for four fifths of them. Every arm is a folder in runs/:
+killed and started again, the same command goes on. Figures go to docs/bench/qad.json, shares of the
+same 10,000 test images with 95 % intervals over them of the mean of the seeds; targets that share a
+scheme share its arms.
 """
 
 from __future__ import annotations
