@@ -359,8 +359,8 @@ def write_tables() -> None:
         + f". On {', '.join(sorted(hosts))}, one thread, batch 1, fitted to the 20 networks of the "
         "shipped profiles.",
         "",
-        "A figure is the mean error and the share within ±10 %. What is estimated is what `edgekd "
-        "profile` calls quiet: the tenth percentile of the process' CPU time, corrected by a "
+        "A figure is the mean error and the share within ±10 %. What is estimated is what a run "
+        "takes on a quiet machine: the tenth percentile of the process' CPU time, corrected by a "
         "reference network in the same turns for what others on the machine did meanwhile.",
         "",
         "| target | precision | networks | n | " + " | ".join(METHODS) + " | in its 90 % |",
