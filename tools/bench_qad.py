@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -74,49 +74,58 @@ def distilled(net: edgekd.Network, target: str, seed: int, run: RunDir) -> edgek
     )  # fmt: skip
 
 
-def arms(seed: int, targets: Sequence[str]) -> dict[str, Arm]:
-    """All of one seed; in integers `kind target`."""
-    floats = arm(f"alone-{seed}", partial(in_float, seed))  # bench_classifier's own
-    done = {"fp32": floats}
-    for name in targets:
-        ways: dict[str, Callable[[RunDir], edgekd.Network]] = {
-            "ptq": lambda run, name=name: edgekd.quantize(floats.net, target=name, data=data),
-            "qad": partial(distilled, floats.net, name, seed),
-        }
-        for kind, make in ways.items():
-            done[f"{kind} {name}"] = arm(f"{kind}-{name}-{seed}", make, RUNS)
-    return done
+def arms(seed: int, name: str) -> dict[str, Arm]:
+    """Of one seed and target, made or loaded; in float it is bench_classifier's own."""
+    floats = arm(f"alone-{seed}", partial(in_float, seed))
+    ways: dict[str, Callable[[RunDir], edgekd.Network]] = {
+        "ptq": lambda run: edgekd.quantize(floats.net, target=name, data=data),
+        "qad": partial(distilled, floats.net, name, seed),
+    }
+    made = {kind: arm(f"{kind}-{name}-{seed}", make, RUNS) for kind, make in ways.items()}
+    return {"fp32": floats, **made}
 
 
-def compared(done: dict[int, dict[str, Arm]], targets: Sequence[str]) -> dict[str, Any]:
-    """Each target with those that share its scheme, and the answer to each question."""
+def figures() -> dict[str, Any]:
+    """Of every arm that is done, of each scheme by its first target."""
     rows: dict[str, Any] = {}
-    for name in targets:
-        rows[name] = {"targets": schemes()[name]}
+    for name, targets in schemes().items():
+        seeds = [seed for seed in SEEDS if RunDir(RUNS / f"qad-{name}-{seed}").done()]
+        if not seeds:
+            continue
+        done = {seed: arms(seed, name) for seed in seeds}
+        rows[name] = {
+            "targets": targets, "seeds": f"{len(seeds)} of {len(SEEDS)}",
+            "accuracy": {
+                seed: {kind: float(arm.hits.mean()) for kind, arm in of.items()}
+                for seed, of in done.items()
+            },
+        }  # fmt: skip
         for question in QUESTIONS:
-            keys = [kind if kind == "fp32" else f"{kind} {name}" for kind in question]
-            pairs = [[of[key].hits for key in keys] for of in done.values()]
-            rows[name][" − ".join(question)] = over_seeds(list(done), pairs)
-    return rows
+            pairs = [[of[kind].hits for kind in question] for of in done.values()]
+            rows[name][" − ".join(question)] = over_seeds(seeds, pairs)
+    return {
+        "test_images": len(data.splits["test"]), "epochs": EPOCHS,
+        "teacher": float(teacher().hits.mean()), "schemes": rows,
+    }  # fmt: skip
 
 
 def table(result: dict[str, Any]) -> str:
     """Markdown for the docs."""
     asked = [" − ".join(question) for question in QUESTIONS]
     lines = [
-        f"Fashion-MNIST, {result['test_images']:,} test images, seeds: {result['seeds']}.", "",
-        "| targets | " + " | ".join(f"`{question}`" for question in asked) + " |",
-        "|---" * (len(asked) + 1) + "|",
+        f"Fashion-MNIST, {result['test_images']:,} test images, {len(result['schemes'])} of "
+        f"{len(schemes())} schemes.", "",
+        "| targets | seeds | " + " | ".join(f"`{question}`" for question in asked) + " |",
+        "|---" * (len(asked) + 2) + "|",
     ]  # fmt: skip
     for row in result["schemes"].values():
-        lines.append(
-            f"| {', '.join(row['targets'])} | " + " | ".join(points(row[q]) for q in asked) + " |"
-        )
+        cells = [", ".join(row["targets"]), row["seeds"], *(points(row[q]) for q in asked)]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def main() -> None:
-    """The arms that are missing, and what the seeds that are asked for show."""
+    """The arms that are missing, and what all of them show."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="*", default=SEEDS, help="whose arms to make")
     parser.add_argument(
@@ -125,20 +134,12 @@ def main() -> None:
     )  # fmt: skip
     options = parser.parse_args()
     torch.set_num_threads(1)
-    done = {seed: arms(seed, options.targets) for seed in options.seeds}
-    result = {
-        "test_images": len(data.splits["test"]), "seeds": f"{len(done)} of {len(SEEDS)}",
-        "targets": f"{len(options.targets)} of {len(schemes())}", "epochs": EPOCHS,
-        "host": host_name(), "date": today(), "teacher": float(teacher().hits.mean()),
-        "accuracy": {
-            f"{key} {seed}": float(arm.hits.mean())
-            for seed, of in done.items() for key, arm in of.items()
-        },
-        "schemes": compared(done, options.targets),
-    }  # fmt: skip
+    for seed in options.seeds:
+        for name in options.targets:
+            arms(seed, name)
+    result = figures() | {"host": host_name(), "date": today()}
     print(table(result))
-    if len(done) == len(SEEDS):
-        write_atomically(RESULT, json.dumps(result, indent=1) + "\n")
+    write_atomically(RESULT, json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
