@@ -40,10 +40,11 @@ class BatchNorms(nn.Module):
         self._layers = [layer for layer in layers(graph) if _has_lost_one(layer)]
         self.each = nn.ModuleList(_BatchNorm(layer) for layer in self._layers)
         for index, (layer, norm) in enumerate(zip(self._layers, self.each, strict=True)):
-            graph.add_submodule(f"batchnorm_{index}", norm)
+            name = f"_edgekd_batchnorm_{index}"  # a network may call its own by any other
+            graph.add_submodule(name, norm)
             readers = list(layer.node.users)
             with graph.graph.inserting_after(layer.node):
-                node = graph.graph.call_module(f"batchnorm_{index}", (layer.node,))
+                node = graph.graph.call_module(name, (layer.node,))
             for reader in readers:
                 reader.replace_input_with(layer.node, node)
         graph.recompile()
