@@ -37,9 +37,9 @@ class BatchNorms(nn.Module):
 
     def __init__(self, graph: GraphModule, batches: Sequence[Inputs]) -> None:
         super().__init__()
-        self._layers = [layer for layer in layers(graph) if _has_lost_one(layer)]
-        self.each = nn.ModuleList(_BatchNorm(layer) for layer in self._layers)
-        for index, (layer, norm) in enumerate(zip(self._layers, self.each, strict=True)):
+        self._pairs = [(each, _BatchNorm(each)) for each in layers(graph) if _has_lost_one(each)]
+        self.each = nn.ModuleList(norm for _, norm in self._pairs)
+        for index, (layer, norm) in enumerate(self._pairs):
             name = f"_edgekd_batchnorm_{index}"  # a network may call its own by any other
             graph.add_submodule(name, norm)
             readers = list(layer.node.users)
@@ -49,18 +49,15 @@ class BatchNorms(nn.Module):
                 reader.replace_input_with(layer.node, node)
         graph.recompile()
         with torch.no_grad():
-            for inputs in batches if self._layers else ():
+            for inputs in batches if self._pairs else ():
                 graph(*inputs)
-        for norm in self._norms():
+        for _, norm in self._pairs:
             norm.start()
-
-    def _norms(self) -> list[_BatchNorm]:
-        return [norm for norm in self.each if isinstance(norm, _BatchNorm)]
 
     @torch.no_grad()
     def fold(self) -> None:
         """Into the layers' weights, their scales and biases."""
-        for layer, norm in zip(self._layers, self._norms(), strict=True):
+        for layer, norm in self._pairs:
             assert layer.bias is not None
             factor = norm.factor.double() / (norm.variance.double() + EPS).sqrt()
             wide = [-1 if axis == layer.axis else 1 for axis in range(layer.weight.dim())]
